@@ -1,0 +1,1 @@
+"""From the outside world to validated frames: venue, files, and the sandbox exchange."""

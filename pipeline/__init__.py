@@ -1,0 +1,1 @@
+"""What happens to data: fetch, features, training, backtest, prediction, report."""

@@ -1,0 +1,1 @@
+"""The workspace: DuckDB tables and run folders."""
