@@ -1,0 +1,244 @@
+"""Candles and funding from a file: Parquet, CSV, gzipped CSV or Feather.
+
+Candles: ``symbol, interval, ts|open_time, open, high, low, close, volume[, turnover][, category]``.
+Funding: ``symbol, ts|funding_time, funding_rate|rate[, category]``. Other columns are ignored. Times are datetimes, ISO-8601 text
+(UTC unless they carry an offset) or integer epoch milliseconds.
+
+A file that does not fit is refused whole with a UsageError of one line: row numbers (the first row below any header
+is row 1) and reasons, five of them at most and then a count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from recur.vocabulary import CATEGORIES, DAY_MS, INTERVALS, UsageError, check_category
+
+_TIME = pl.Datetime("ms", "UTC")
+_SUFFIXES = (".parquet", ".csv", ".csv.gz", ".feather")
+_PRICES = ("open", "high", "low", "close")
+_CANDLE_KEY = ("category", "symbol", "interval", "kind", "open_time")
+_SHOWN = 5
+_OLDEST_MS, _NEWEST_MS = 1_230_768_000_000, 4_102_444_800_000  # else epoch seconds or microseconds were given
+_ROW = "row_in_file"
+
+
+def sniff(path: str | Path) -> Literal["candles", "funding"]:
+    """What a file holds, by its columns. Raises UsageError when it is neither or cannot be read."""
+    return _kind(_load(Path(path)), Path(path))
+
+
+def read_candles(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
+    """The candle frame in a file; ``category`` applies when the file has no such column. Sorted by its key.
+
+    Rows of a series must stand in the order of time. Raises UsageError for anything that does not fit.
+    """
+    path = Path(path)
+    raw = _load(path)
+    _need(raw, path, "candles", ("symbol", "interval", *_PRICES, "volume"), ("open_time", "ts"))
+    time = "open_time" if "open_time" in raw.columns else "ts"
+    numbers = [*_PRICES, "volume", *(["turnover"] if "turnover" in raw.columns else [])]
+    frame = raw.with_row_index(_ROW, offset=1).select(
+        pl.col(_ROW).cast(pl.Int64),
+        _category(raw, category),
+        _text("symbol").str.to_uppercase(),
+        _text("interval"),
+        pl.lit("trade").alias("kind"),
+        _times(raw, time, path).alias("open_time"),
+        *(_number(name) for name in numbers),
+    )
+    if "turnover" not in numbers:
+        frame = frame.with_columns(pl.lit(None, dtype=pl.Float64).alias("turnover"))
+    open_, high, low, close = (pl.col(name) for name in _PRICES)
+    series = _CANDLE_KEY[:-1]
+    _refuse(
+        path,
+        frame,
+        [
+            *_key_faults("open_time", series),
+            (~pl.col("interval").is_in(list(INTERVALS)), "unknown interval"),
+            (
+                pl.col("interval").is_in(list(INTERVALS)) & ~_on_grid(),
+                "open time is off the grid of its interval",
+            ),
+            *((pl.col(n).is_null() | ~pl.col(n).is_finite(), f"{n} is not a finite number") for n in _PRICES),
+            (~pl.col("volume").is_finite(), "volume is not finite"),
+            (~pl.col("turnover").is_finite(), "turnover is not finite"),
+            (pl.min_horizontal(_PRICES) <= 0, "price is not above 0"),
+            (pl.min_horizontal("volume", "turnover") < 0, "volume or turnover is below 0"),
+            (high < low, "high is below low"),
+            (high < pl.max_horizontal(open_, close), "high is below open or close"),
+            (low > pl.min_horizontal(open_, close), "low is above open or close"),
+        ],
+    )
+    return frame.drop(_ROW).sort(_CANDLE_KEY)
+
+
+def read_funding(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
+    """The funding frame in a file (rates are fractions per payment), sorted by category, symbol and time.
+
+    Raises UsageError for anything that does not fit.
+    """
+    path = Path(path)
+    raw = _load(path)
+    _need(raw, path, "funding", ("symbol",), ("funding_time", "ts"), ("funding_rate", "rate"))
+    time = "funding_time" if "funding_time" in raw.columns else "ts"
+    rate = "funding_rate" if "funding_rate" in raw.columns else "rate"
+    frame = raw.with_row_index(_ROW, offset=1).select(
+        pl.col(_ROW).cast(pl.Int64),
+        _category(raw, category),
+        _text("symbol").str.to_uppercase(),
+        _times(raw, time, path).alias("funding_time"),
+        _number(rate).alias("rate"),
+    )
+    _refuse(
+        path,
+        frame,
+        [
+            *_key_faults("funding_time", ("category", "symbol")),
+            (pl.col("rate").is_null() | ~pl.col("rate").is_finite(), "rate is not a finite number"),
+        ],
+    )
+    return frame.drop(_ROW).sort("category", "symbol", "funding_time")
+
+
+def _load(path: Path) -> pl.DataFrame:
+    name = path.name.lower()
+    if not name.endswith(_SUFFIXES):
+        raise UsageError(
+            f"Cannot tell the format of {path}: expected a name ending in {', '.join(_SUFFIXES)}."
+        )
+    if not path.is_file():
+        raise UsageError(f"There is no file {path}.", "Check the path given to --source.")
+    try:
+        if name.endswith(".parquet"):
+            frame = pl.read_parquet(path)
+        elif name.endswith(".feather"):
+            frame = pl.read_ipc(path)
+        else:
+            frame = pl.read_csv(path, infer_schema_length=None)
+    except pl.exceptions.NoDataError:
+        raise UsageError(f"{path} is empty.") from None
+    except (pl.exceptions.PolarsError, OSError, ValueError, EOFError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"Cannot read {path}: {said}", "Is it complete, and of the format its name tells?"
+        ) from error
+    if frame.is_empty():
+        raise UsageError(f"{path} has no rows.")
+    return frame
+
+
+def _kind(frame: pl.DataFrame, path: Path) -> Literal["candles", "funding"]:
+    columns = set(frame.columns)
+    if {"open", "high", "low", "close"} <= columns:
+        return "candles"
+    if columns & {"funding_rate", "rate"}:
+        return "funding"
+    raise UsageError(
+        f"{path} holds neither candles nor funding: found the columns {', '.join(frame.columns)}.",
+        "Candles need symbol, interval, ts, open, high, low, close, volume; funding needs symbol, ts, funding_rate.",
+    )
+
+
+def _need(frame: pl.DataFrame, path: Path, what: str, names: Sequence[str], *either: tuple[str, str]) -> None:
+    absent = [name for name in names if name not in frame.columns]
+    absent += ["|".join(pair) for pair in either if not set(pair) & set(frame.columns)]
+    if absent:
+        raise UsageError(
+            f"{path} does not fit {what}: column {', '.join(absent)} is missing; found {', '.join(frame.columns)}."
+        )
+
+
+def _text(name: str) -> pl.Expr:
+    return pl.col(name).cast(pl.String).str.strip_chars()
+
+
+def _category(raw: pl.DataFrame, category: str) -> pl.Expr:
+    if "category" in raw.columns:
+        return _text("category")
+    return pl.lit(check_category(category)).alias("category")
+
+
+def _number(name: str) -> pl.Expr:
+    """A float column; text that is no number becomes NaN, so that it is refused and not taken as absent."""
+    return (
+        pl.col(name)
+        .cast(pl.Float64, strict=False)
+        .fill_null(pl.when(pl.col(name).is_not_null()).then(float("nan")))
+    )
+
+
+def _times(raw: pl.DataFrame, name: str, path: Path) -> pl.Expr:
+    """UTC milliseconds of a column of datetimes, ISO text or epoch milliseconds; null where it cannot be read."""
+    kind = raw.schema[name]
+    column = pl.col(name)
+    if isinstance(kind, pl.Datetime):
+        column = (
+            column.dt.replace_time_zone("UTC")
+            if kind.time_zone is None
+            else column.dt.convert_time_zone("UTC")
+        )
+        return column.cast(_TIME)
+    if kind.is_integer():
+        return column.cast(pl.Int64).cast(_TIME)
+    if kind == pl.Date:
+        return column.cast(pl.Datetime("ms")).dt.replace_time_zone("UTC")
+    if kind == pl.String:
+        text = (
+            column.str.strip_chars().str.replace(" ", "T").str.replace(r"^(\d{4}-\d{2}-\d{2})$", "${1}T00:00")
+        )
+        text = text.str.replace(r"(Z|[+-]00:?00)$", "")
+        text = text.str.replace(r"T(\d{2}:\d{2})($|[+-])", "T${1}:00${2}")
+        zoned = text.str.replace(r"([+-]\d{2})$", "${1}:00").str.replace(r"([+-]\d{2})(\d{2})$", "${1}:${2}")
+        plain = text.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f", time_unit="ms", time_zone="UTC", strict=False)
+        offset = zoned.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%:z", time_unit="ms", strict=False)
+        return pl.coalesce(plain, offset.dt.convert_time_zone("UTC"))
+    raise UsageError(
+        f"{path}: column {name} has type {kind}: expected datetimes, ISO-8601 text or epoch milliseconds."
+    )
+
+
+def _on_grid() -> pl.Expr:
+    """Whether an open time is one of its interval's: multiples of its length, Mondays, firsts of a month."""
+    midnight = pl.col("open_time").dt.epoch("ms") % DAY_MS == 0
+    fixed = {name: step for name, step in INTERVALS.items() if name not in ("1w", "1M")}
+    step = pl.col("interval").replace_strict(fixed, default=1, return_dtype=pl.Int64)
+    return (
+        pl.when(pl.col("interval") == "1M")
+        .then(midnight & (pl.col("open_time").dt.day() == 1))
+        .when(pl.col("interval") == "1w")
+        .then(midnight & (pl.col("open_time").dt.weekday() == 1))
+        .otherwise(pl.col("open_time").dt.epoch("ms") % step == 0)
+    )
+
+
+def _key_faults(time: str, series: Sequence[str]) -> list[tuple[pl.Expr, str]]:
+    before = pl.col(time).shift(1).over(series)
+    known = pl.col(time).is_not_null()
+    return [
+        (~pl.col("category").is_in(list(CATEGORIES)) | pl.col("category").is_null(), "unknown category"),
+        (pl.col("symbol").is_null() | (pl.col("symbol") == ""), "symbol is missing"),
+        (~known, "time is missing or cannot be read"),
+        (~pl.col(time).to_physical().is_between(_OLDEST_MS, _NEWEST_MS), "time is not of 2009 to 2100"),
+        (known & ~pl.struct(*series, time).is_first_distinct(), "duplicate time in its series"),
+        (pl.col(time) < before, "time goes backwards in its series"),
+    ]
+
+
+def _refuse(path: Path, frame: pl.DataFrame, faults: Sequence[tuple[pl.Expr, str]]) -> None:
+    """Raise one UsageError for all rows at fault, the first reason of each, the earliest rows first."""
+    first = pl.coalesce(pl.when(check.fill_null(False)).then(pl.lit(why)) for check, why in faults)
+    found = frame.select(_ROW, first.alias("why")).filter(pl.col("why").is_not_null())
+    if found.is_empty():
+        return
+    shown = "; ".join(f"row {row}: {why}" for row, why in found.head(_SHOWN).iter_rows())
+    rest = f"; and {found.height - _SHOWN} more rows" if found.height > _SHOWN else ""
+    raise UsageError(
+        f"{path} is refused: {shown}{rest}.",
+        "Nothing was imported; mend the file and try again (row 1 is the first below any header).",
+    )

@@ -1,0 +1,127 @@
+"""Price forecaster: a sequence model between an input projection and a head of quantiles.
+
+Notation: B batch, T time, F features, D width, H horizons, Q = 19 quantile levels (5 %, 10 %, …, 95 %).
+
+Everything is in units of the causal scale of its horizon, so that one network serves all markets. By default the
+distribution is symmetric about zero: on hourly crypto a free median costs skill. Quantiles cannot cross, since
+those above the median are cumulative sums of positive increments::
+
+    q_{50+5k} = loc + exp(s) · Σ_{j≤k} softplus(a_j),   q_{50−5k} = loc − (the same)
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recur.models.interface import SequenceModel, State
+from recur.models.registry import build_sequence_model
+
+LEVELS: tuple[float, ...] = tuple(round(0.05 * k, 2) for k in range(1, 20))
+_HALF = 9  # quantile levels above the median
+_NORMAL_UPPER = (0.1257, 0.2533, 0.3853, 0.5244, 0.6745, 0.8416, 1.0364, 1.2816, 1.6449)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForecasterSpec:
+    """Everything that is needed to build the network again; saved as JSON beside the weights."""
+
+    model: str
+    n_features: int
+    n_symbols: int
+    """Rows of the symbol embedding, 0 being 'any other symbol'."""
+    horizons: tuple[int, ...]
+    hidden: int
+    layers: int
+    embed: int
+    dropout: float
+    drift: bool
+    """Whether quantiles are centred on the forecast mean instead of zero."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """All in units of the causal scale: ``quantiles`` (B, T, H, Q), ``log_var`` and ``mean`` (B, T, H)."""
+
+    quantiles: Tensor
+    log_var: Tensor
+    mean: Tensor
+
+
+class Forecaster(nn.Module):
+    """features (B, T, F) and symbol (B,) → :class:`Outputs` and the next state."""
+
+    def __init__(self, spec: ForecasterSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        n_h = len(spec.horizons)
+        self.embedding = nn.Embedding(spec.n_symbols, spec.embed)
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        self.core: SequenceModel = build_sequence_model(
+            spec.model, spec.n_features + spec.embed, spec.hidden, spec.layers, spec.dropout
+        )
+        self.drop = nn.Dropout(spec.dropout)
+        self.head = nn.Linear(spec.hidden, n_h * (_HALF + 2))
+        self.mean_head = nn.Linear(spec.hidden, n_h)
+        for layer in (self.head, self.mean_head):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        upper = torch.tensor((0.0, *_NORMAL_UPPER))
+        self.register_buffer("increments", torch.log(torch.expm1(upper.diff())), persistent=False)
+        self.increments: Tensor
+
+    def init_state(self, batch: int) -> State:
+        return self.core.init_state(batch)
+
+    def forward(self, x: Tensor, symbol: Tensor, state: State | None = None) -> tuple[Outputs, State]:
+        e = self.embedding(symbol)[:, None].expand(-1, x.shape[1], -1)  # (B, T, E)
+        y, state = self.core(torch.cat([x, e], dim=-1), state)  # (B, T, D)
+        return self._outputs(y), state
+
+    def step(self, x_t: Tensor, symbol: Tensor, state: State) -> tuple[Outputs, State]:
+        """One bar: x_t (B, F). The outputs keep a time dimension of length 1."""
+        y, state = self.core.step(torch.cat([x_t, self.embedding(symbol)], dim=-1), state)
+        return self._outputs(y[:, None]), state
+
+    def _outputs(self, y: Tensor) -> Outputs:
+        y = self.drop(y)
+        raw = self.head(y).unflatten(-1, (len(self.spec.horizons), _HALF + 2)).float()  # (B, T, H, 11)
+        log_scale, log_var, shape = raw[..., :1], raw[..., 1], raw[..., 2:]
+        upper = log_scale.clamp(-4, 4).exp() * nn.functional.softplus(self.increments + shape).cumsum(-1)
+        # The mean is read off a detached state unless it moves the quantiles: direction is mostly noise and
+        # must not bend the features that the width needs.
+        mean = self.mean_head(y if self.spec.drift else y.detach()).float()  # (B, T, H)
+        loc = mean[..., None] if self.spec.drift else torch.zeros_like(log_scale)
+        quantiles = torch.cat([loc - upper.flip(-1), loc, loc + upper], dim=-1)  # (B, T, H, 19)
+        return Outputs(quantiles, log_var.clamp(-8, 8), mean)
+
+
+def forecast_loss(out: Outputs, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean pinball loss over levels, plus a twentieth of the Gaussian likelihood of the variance, plus the mean's error.
+
+    ``target`` and ``mask`` (B, T, H), target in units of the causal scale. Koenker & Bassett (1978) for the pinball.
+    """
+    levels = torch.tensor(LEVELS, device=target.device)
+    target = torch.where(mask, target, torch.zeros_like(target))
+    error = target[..., None] - out.quantiles
+    pinball = torch.maximum(levels * error, (levels - 1) * error).mean(-1)  # (B, T, H)
+    bounded = target.clamp(-8, 8)
+    nll = 0.5 * (out.log_var + bounded.square() * (-out.log_var).exp())
+    mean = 0.1 * (bounded.clamp(-4, 4) - out.mean).square()
+    per_step = pinball + 0.05 * nll + mean
+    return (per_step * mask).sum() / mask.sum().clamp(min=1)
+
+
+def pinball_loss(out: Outputs, target: Tensor, mask: Tensor) -> Tensor:
+    """(H,) mean pinball loss of each horizon: what early stopping watches."""
+    levels = torch.tensor(LEVELS, device=target.device)
+    error = torch.where(mask, target, torch.zeros_like(target))[..., None] - out.quantiles
+    pinball = torch.maximum(levels * error, (levels - 1) * error).mean(-1)
+    dims = tuple(range(pinball.ndim - 1))
+    return (pinball * mask).sum(dims) / mask.sum(dims).clamp(min=1)

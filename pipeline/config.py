@@ -1,0 +1,561 @@
+"""The configuration: one frozen dataclass per TOML section, every default, and how the layers are merged.
+
+Standard library only. Later layers win: defaults, then files in order, then ``--set section.key=value``, then
+flags. Where each value came from is kept (``recur -v`` prints it). Nothing secret is ever configured here:
+secrets come from the environment only.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import math
+import textwrap
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import date
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
+
+from recur.vocabulary import (
+    CATEGORIES,
+    INTERVALS,
+    RecurError,
+    UsageError,
+    did_you_mean,
+    parse_symbol,
+    parse_time,
+)
+
+FETCH_KINDS = ("candles", "mark", "index", "premium", "funding")
+"""What ``recur fetch`` can bring; ``candles`` are the trade candles."""
+
+SCHEDULES = tuple(name for name, ms in INTERVALS.items() if 0 < ms <= INTERVALS["1d"])
+"""Periods that a schedule can have: those that divide a day."""
+
+Provenance = dict[str, tuple[object, str]]
+"""``"section.key"`` to (value, origin); origin is ``default``, a file path, ``--set`` or ``flag``."""
+
+
+class ConfigProblems(UsageError):
+    """Everything that is wrong with a configuration, at once: ``problems`` holds (``section.key``, text)."""
+
+    def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
+        self.problems = list(problems)
+        text = "; ".join(f"{key} {what}" for key, what in self.problems)
+        super().__init__(f"Configuration: {text}.", "Commented defaults: recur init.")
+
+
+def _within(low: float, high: float, *, open_low: bool = False) -> _Rule:
+    text = f"expected {'more than' if open_low else 'from'} {low:g} {'and at most' if open_low else 'to'} {high:g}"
+    return _Rule(text, lambda x: low < x <= high if open_low else low <= x <= high)
+
+
+def _one_of(*known: str) -> _Rule:
+    return _Rule(f"expected one of {' '.join(known)}", lambda x: x in known, known)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What a value must satisfy, in words and as a test."""
+
+    text: str
+    holds: Any
+    known: tuple[str, ...] = ()
+
+
+def _is_time(text: str) -> bool:
+    try:
+        parse_time(text)
+    except UsageError:
+        return False
+    return True
+
+
+_TIME = _Rule("expected an ISO-8601 UTC time such as 2025-07-01, or empty", lambda x: not x or _is_time(x))
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.netloc) and "@" not in parts.netloc
+
+
+def _type_words(hint: Any) -> str:
+    if get_origin(hint) is tuple:
+        return f"a list of {_type_words(get_args(hint)[0])}s"
+    return {bool: "true or false", int: "whole number", float: "number", str: "text"}[hint]
+
+
+def _typed(hint: Any, value: object) -> Any:
+    """``value`` as ``hint`` (list to tuple, int to float, TOML date to text); TypeError when it does not fit."""
+    if get_origin(hint) is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(get_args(hint)[0], item) for item in value)
+    if hint is str and isinstance(value, date):  # covers datetime
+        return value.isoformat()
+    if (
+        hint is float
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    ):
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint and hint is not float:
+        return value
+    raise TypeError
+
+
+def _from_text(hint: Any, text: str) -> object:
+    """Value of a ``--set`` or flag text: commas make a list, the rest is as in TOML; text stays text."""
+    text = text.strip()
+    if get_origin(hint) is tuple and not text.startswith("["):
+        return [_from_text(get_args(hint)[0], part) for part in text.split(",") if part.strip()]
+    if hint is str and text[:1] not in ('"', "'"):
+        return text
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _verify(section: Any, name: str, rules: Mapping[str, _Rule]) -> None:
+    """Check types and rules of every field of ``section``; raise all problems at once."""
+    problems = []
+    for key, hint in get_type_hints(type(section)).items():
+        value = getattr(section, key)
+        try:
+            value = _typed(hint, value)
+        except TypeError:
+            problems.append((f"{name}.{key}", f"= {value!r}: expected {_type_words(hint)}"))
+            continue
+        object.__setattr__(section, key, value)
+        rule = rules.get(key)
+        for item in value if isinstance(value, tuple) else (value,):
+            if rule and not rule.holds(item):
+                shown = "" if "url" in key else f"= {item!r}"  # an address may carry a password
+                hint_text = did_you_mean(str(item), rule.known).rstrip()
+                problems.append((f"{name}.{key}", f"{shown}: {rule.text}{hint_text}".lstrip()))
+    if problems:
+        raise ConfigProblems(problems)
+
+
+def _ordered(section: Any, name: str, first: str, last: str) -> None:
+    since, until = getattr(section, first), getattr(section, last)
+    if since and until and parse_time(since) >= parse_time(until):
+        raise ConfigProblems([(f"{name}.{first}", f"= {since}: expected a time before {last} = {until}")])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreConfig:
+    """How the data store is opened."""
+
+    wait_s: float = 30.0
+    """Seconds to wait while another process holds the store, 0 to 86400."""
+
+    def __post_init__(self) -> None:
+        _verify(self, "store", {"wait_s": _within(0, 86_400)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MarketConfig:
+    """Which series all commands are about."""
+
+    symbols: tuple[str, ...] = ("BTCUSDT", "ETHUSDT", "SOLUSDT", "BNBUSDT")
+    """Instruments of one category: BTCUSDT, or the ccxt spellings BTC/USDT:USDT (linear) and BTC/USDT (spot)."""
+
+    category: str = "linear"
+    """Market: linear, inverse or spot."""
+
+    interval: str = "1h"
+    """Length of a bar: 1m 3m 5m 15m 30m 1h 2h 4h 6h 12h 1d 1w 1M."""
+
+    def __post_init__(self) -> None:
+        _verify(self, "market", {"category": _one_of(*CATEGORIES), "interval": _one_of(*INTERVALS)})
+        if not self.symbols:
+            raise ConfigProblems([("market.symbols", "= []: expected at least one symbol")])
+        problems, symbols = [], []
+        for text in self.symbols:
+            try:
+                category, symbol = parse_symbol(text, self.category)
+            except UsageError as error:
+                problems.append(("market.symbols", f": {error.message.rstrip('.')}"))
+                continue
+            symbols.append(symbol)
+            if category != self.category:
+                problems.append(
+                    ("market.symbols", f"= {text!r}: is {category}, but market.category is {self.category}")
+                )
+        if problems:
+            raise ConfigProblems(problems)
+        object.__setattr__(self, "symbols", tuple(dict.fromkeys(symbols)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FetchConfig:
+    """What is brought into the store, and how."""
+
+    kinds: tuple[str, ...] = ("candles", "funding")
+    """Any of candles, mark, index, premium, funding."""
+
+    days: int = 730
+    """Days of history brought the first time, 1 to 10000; later runs continue from what is stored."""
+
+    workers: int = 16
+    """Parallel requests, 1 to 64; the request rate stays below the venue's limit whatever this is."""
+
+    base_url: str = ""
+    """Other address of the venue, http(s)://host[:port]; empty for the venue itself. No credentials in it."""
+
+    def __post_init__(self) -> None:
+        url = _Rule("expected http(s)://host[:port] without credentials", lambda x: not x or _is_url(x))
+        rules = {"kinds": _one_of(*FETCH_KINDS), "days": _within(1, 10_000), "workers": _within(1, 64)}
+        _verify(self, "fetch", rules | {"base_url": url})
+        if not self.kinds:
+            raise ConfigProblems([("fetch.kinds", f"= []: expected some of {' '.join(FETCH_KINDS)}")])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureConfig:
+    """What the model sees."""
+
+    fine: str = ""
+    """Interval of finer bars to measure volatility within each bar, shorter than market.interval; empty for none."""
+
+    def __post_init__(self) -> None:
+        _verify(self, "features", {"fine": _one_of("", *INTERVALS)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The network."""
+
+    name: str = "gru"
+    """Name of the model."""
+
+    hidden: int = 64
+    """Width of the recurrent state, 1 to 4096."""
+
+    layers: int = 1
+    """Recurrent layers, 1 to 16."""
+
+    embed: int = 4
+    """Width of the learned vector of each symbol, 0 (none) to 256."""
+
+    dropout: float = 0.1
+    """Share of values dropped in training, 0 to 0.9."""
+
+    drift: bool = False
+    """Whether the centre of the forecast may leave zero: true lets the model bet on direction."""
+
+    def __post_init__(self) -> None:
+        rules = {"name": _Rule("expected a name", bool), "hidden": _within(1, 4096), "layers": _within(1, 16)}
+        _verify(self, "model", rules | {"embed": _within(0, 256), "dropout": _within(0, 0.9)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How the model is fitted."""
+
+    horizons: tuple[int, ...] = (1, 6, 24)
+    """Forecast horizons in bars, increasing, each 1 to 1000."""
+
+    epochs: int = 4
+    """Most passes over the training data, 1 to 10000."""
+
+    batch: int = 32
+    """Windows per step, 1 to 65536."""
+
+    window: int = 512
+    """Bars per training window, 2 to 65536."""
+
+    burn_in: int = 128
+    """First bars of a window that only warm the state up and carry no loss, 0 to window - 1."""
+
+    lr: float = 3e-3
+    """Peak learning rate, above 0, at most 1."""
+
+    weight_decay: float = 1e-3
+    """Decoupled weight decay, 0 to 1."""
+
+    clip: float = 1.0
+    """Largest gradient norm, above 0, at most 1000."""
+
+    seed: int = 0
+    """Seed of every random draw, 0 to 4294967295."""
+
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    val_days: int = 60
+    """Last days of the training range that decide when to stop, 1 to 10000."""
+
+    patience: int = 3
+    """Passes without improvement before stopping, 1 to 10000."""
+
+    pool: tuple[str, ...] = ()
+    """Files of further candles that are used for training only."""
+
+    since: str = ""
+    """First instant to train on, ISO-8601 UTC; empty for all that is stored."""
+
+    until: str = ""
+    """Instant before which training ends, ISO-8601 UTC; empty for all that is stored."""
+
+    def __post_init__(self) -> None:
+        count = _within(1, 10_000)
+        rules = {
+            "horizons": _within(1, 1000), "epochs": count, "batch": _within(1, 65_536),
+            "window": _within(2, 65_536), "burn_in": _within(0, 65_535), "lr": _within(0, 1, open_low=True),
+            "weight_decay": _within(0, 1), "clip": _within(0, 1000, open_low=True), "seed": _within(0, 2**32 - 1),
+            "device": _one_of("auto", "cpu", "cuda"), "val_days": count, "patience": count,
+            "pool": _Rule("expected a file name", bool), "since": _TIME, "until": _TIME,
+        }  # fmt: skip
+        _verify(self, "train", rules)
+        problems = []
+        if not self.horizons or list(self.horizons) != sorted(set(self.horizons)):
+            problems.append(
+                ("train.horizons", f"= {list(self.horizons)}: expected increasing numbers of bars")
+            )
+        if self.burn_in >= self.window:
+            problems.append(("train.burn_in", f"= {self.burn_in}: expected less than window = {self.window}"))
+        if problems:
+            raise ConfigProblems(problems)
+        _ordered(self, "train", "since", "until")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BacktestConfig:
+    """How the model is judged out of sample."""
+
+    folds: int = 2
+    """Parts of the test range, each forecast by a model trained on what came before it, 1 to 100."""
+
+    test_since: str = ""
+    """First instant forecast, ISO-8601 UTC; empty for test_days before the end."""
+
+    test_until: str = ""
+    """Instant before which the test ends, ISO-8601 UTC; empty for the end of the data."""
+
+    test_days: int = 180
+    """Length of the test range in days when test_since is empty, 1 to 10000."""
+
+    fee_bps: float = 5.5
+    """Taker fee per traded value in basis points, -100 to 1000."""
+
+    slippage_bps: float = 1.0
+    """Price lost per traded value in basis points, 0 to 1000."""
+
+    trade_horizon: int = 24
+    """Horizon in bars that the simulated trading follows: one of train.horizons."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "folds": _within(1, 100), "test_since": _TIME, "test_until": _TIME, "test_days": _within(1, 10_000),
+            "fee_bps": _within(-100, 1000), "slippage_bps": _within(0, 1000), "trade_horizon": _within(1, 1000),
+        }  # fmt: skip
+        _verify(self, "backtest", rules)
+        _ordered(self, "backtest", "test_since", "test_until")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """When fetch and predict run by themselves."""
+
+    every: str = "1h"
+    """Period: 1m 3m 5m 15m 30m 1h 2h 4h 6h 12h 1d, counted from midnight UTC."""
+
+    delay_s: int = 20
+    """Seconds after the bar's close before fetching, 0 to 3599 and shorter than the period."""
+
+    def __post_init__(self) -> None:
+        _verify(self, "schedule", {"every": _one_of(*SCHEDULES), "delay_s": _within(0, 3599)})
+        if self.delay_s * 1000 >= INTERVALS[self.every]:
+            what = f"= {self.delay_s}: expected less than the period, {INTERVALS[self.every] // 1000} s"
+            raise ConfigProblems([("schedule.delay_s", what)])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Everything; one field per TOML section."""
+
+    store: StoreConfig = field(default_factory=StoreConfig)
+    market: MarketConfig = field(default_factory=MarketConfig)
+    fetch: FetchConfig = field(default_factory=FetchConfig)
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    backtest: BacktestConfig = field(default_factory=BacktestConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        problems = []
+        fine, interval = self.features.fine, self.market.interval
+        if fine and (INTERVALS[fine] or math.inf) >= (INTERVALS[interval] or math.inf):
+            problems.append(
+                ("features.fine", f"= {fine!r}: expected shorter than market.interval = {interval}")
+            )
+        if self.backtest.trade_horizon not in self.train.horizons:
+            what = f"= {self.backtest.trade_horizon}: expected one of train.horizons = {list(self.train.horizons)}"
+            problems.append(("backtest.trade_horizon", what))
+        if problems:
+            raise ConfigProblems(problems)
+
+
+SECTIONS: dict[str, type] = {item.name: get_type_hints(Config)[item.name] for item in fields(Config)}
+"""TOML section to its dataclass."""
+
+_HINTS = {
+    f"{name}.{key}": hint for name, cls in SECTIONS.items() for key, hint in get_type_hints(cls).items()
+}
+
+
+def load_config(
+    files: Sequence[Path], sets: Sequence[str], flags: Mapping[str, object]
+) -> tuple[Config, Provenance]:
+    """Merge ``files`` (TOML, later wins), ``sets`` (``section.key=value``) and ``flags`` (``section.key`` to value).
+
+    Flags that are None were not given. Text for ``sets`` and ``flags`` is read by the key's type; commas make lists.
+    Raises UsageError naming every unknown section or key (with a suggestion) and every bad value, in one go.
+    """
+    layers: list[tuple[str, object, str]] = []
+    problems: list[tuple[str, str]] = []
+    for path in files:
+        for section, table in _read_toml(path).items():
+            if not isinstance(table, dict):
+                problems.append((section, f"stands outside a [section] ({path})"))
+            elif section not in SECTIONS:
+                problems.append((f"[{section}]", f"is unknown.{did_you_mean(section, SECTIONS)} ({path})"))
+            else:
+                layers += [(f"{section}.{key}", value, str(path)) for key, value in table.items()]
+    for text in sets:
+        key, equals, given = text.partition("=")
+        if equals:
+            layers.append((key.strip(), given, "--set"))
+        else:
+            problems.append(("--set", f"{text!r}: expected section.key=value"))
+    layers += [(key, value, "flag") for key, value in flags.items() if value is not None]
+
+    values: dict[str, object] = {}
+    origins: dict[str, str] = {}
+    for key, value, origin in layers:
+        if key not in _HINTS:
+            problems.append((key, f"is unknown.{_suggest(key)} ({origin})"))
+            continue
+        is_text = isinstance(value, str) and origin in ("--set", "flag")
+        values[key] = _from_text(_HINTS[key], str(value)) if is_text else value
+        origins[key] = origin
+    _adopt_category(values, origins)
+
+    sections: dict[str, Any] = {}
+    for name, cls in SECTIONS.items():
+        own = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{name}.")}
+        try:
+            sections[name] = cls(**own)
+        except ConfigProblems as error:
+            problems += _with_origin(error, origins)
+    if problems:
+        raise ConfigProblems(problems)
+    try:
+        config = Config(**sections)
+    except ConfigProblems as error:
+        raise ConfigProblems(_with_origin(error, origins)) from None
+    provenance: Provenance = {}
+    for key in _HINTS:
+        section, _, item = key.partition(".")
+        provenance[key] = (getattr(getattr(config, section), item), origins.get(key, "default"))
+    return config, provenance
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"Cannot read the configuration {path}: {error}.", "recur init writes one."
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(
+            f"{path} is not valid TOML: {error}.", 'Text stands in quotes: interval = "1h".'
+        ) from None
+
+
+def _suggest(key: str) -> str:
+    """A known key with the same last word in another section, or spelled much like ``key``."""
+    section, _, item = key.partition(".")
+    near = did_you_mean(item, [name.partition(".")[2] for name in _HINTS if name.startswith(f"{section}.")])
+    if near:
+        return near.replace("'", f"'{section}.", 1)
+    elsewhere = [name for name in _HINTS if name.partition(".")[2] == (item or section)]
+    return f" Did you mean '{elsewhere[0]}'?" if elsewhere else did_you_mean(key, _HINTS)
+
+
+def _with_origin(error: ConfigProblems, origins: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(key, f"{what} ({origins.get(key, 'default')})") for key, what in error.problems]
+
+
+def _adopt_category(values: dict[str, object], origins: dict[str, str]) -> None:
+    """Take the category from ccxt spellings (``BTC/USDT:USDT``) where none was given."""
+    symbols = values.get("market.symbols")
+    if "market.category" in values or not isinstance(symbols, list | tuple):
+        return
+    try:
+        found = {parse_symbol(text)[0] for text in symbols if isinstance(text, str)}
+    except RecurError:
+        return  # MarketConfig reports it, with the other problems
+    if len(found) == 1 and found != {MarketConfig().category}:
+        (values["market.category"],) = found
+        origins["market.category"] = origins["market.symbols"]
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def dump_toml(config: Config) -> str:
+    """The whole configuration as TOML; ``load_config`` of it gives an equal one."""
+    lines = []
+    for name, cls in SECTIONS.items():
+        section = getattr(config, name)
+        lines.append(f"[{name}]")
+        lines += [f"{item.name} = {_toml_value(getattr(section, item.name))}" for item in fields(cls)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field, from the source."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(node, ast.ClassDef)
+    docs = {}
+    for above, below in zip(node.body, node.body[1:], strict=False):
+        if (
+            isinstance(above, ast.AnnAssign)
+            and isinstance(above.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+        ):
+            docs[above.target.id] = str(below.value.value)
+    return docs
+
+
+def starter_toml() -> str:
+    """The file that ``recur init`` writes: every key with its meaning and default, all commented out."""
+    lines = ["# Settings of recur. A line '#key = value' shows the default: remove the # and change it.", ""]
+    for name, cls in SECTIONS.items():
+        lines += [f"[{name}]  # {cls.__doc__}"]
+        docs, defaults = _field_docs(cls), cls()
+        for item in fields(cls):
+            lines += [f"# {docs[item.name]}", f"#{item.name} = {_toml_value(getattr(defaults, item.name))}"]
+        lines.append("")
+    return "\n".join(lines)
