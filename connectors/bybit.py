@@ -267,7 +267,7 @@ class BybitConnector:
         self._thread.seen = failures.Seen()
         try:
             return call(self._api())
-        except Exception as error:  # noqa: BLE001  pybit raises ValueError, KeyError, TypeError and more on bad answers
+        except Exception as error:
             raise _Failed(failures.classify(error, self._thread.seen, what, self.base_url)) from error
 
     def _raise_if_halted(self) -> None:

@@ -60,7 +60,7 @@ def read_candles(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
         frame,
         [
             *_key_faults("open_time", series),
-            (~pl.col("interval").is_in(list(INTERVALS)), "unknown interval"),
+            (~pl.col("interval").is_in(list(INTERVALS)).fill_null(False), "unknown interval"),
             (
                 pl.col("interval").is_in(list(INTERVALS)) & ~_on_grid(),
                 "open time is off the grid of its interval",

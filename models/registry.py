@@ -12,5 +12,7 @@ MODELS = {"gru": GRU}
 def build_sequence_model(name: str, d_in: int, d_out: int, layers: int, dropout: float) -> SequenceModel:
     """The named model from ``d_in`` inputs to ``d_out`` outputs; UsageError for an unknown name."""
     if name not in MODELS:
-        raise UsageError(f"Unknown model '{name}': expected one of {', '.join(MODELS)}.{did_you_mean(name, MODELS)}")
+        raise UsageError(
+            f"Unknown model '{name}': expected one of {', '.join(MODELS)}.{did_you_mean(name, MODELS)}"
+        )
     return MODELS[name](d_in, d_out, layers, dropout)

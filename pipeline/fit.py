@@ -50,7 +50,11 @@ class Samples:
 
 
 def make_samples(
-    series: Sequence[SeriesArrays], symbols: dict[str, int], horizons: Sequence[int], since_ms: int, until_ms: int
+    series: Sequence[SeriesArrays],
+    symbols: dict[str, int],
+    horizons: Sequence[int],
+    since_ms: int,
+    until_ms: int,
 ) -> list[Samples]:
     """Samples of every series with at least one label inside ``[since, until)``; bars after ``until`` are cut off."""
     out = []
@@ -75,7 +79,9 @@ def make_samples(
 class Windows(IterableDataset[Batch]):
     """Batches of windows. ``shuffle`` draws new offsets and a new order for each epoch from (seed, epoch)."""
 
-    def __init__(self, samples: Sequence[Samples], window: int, burn_in: int, batch: int, seed: int, shuffle: bool):
+    def __init__(
+        self, samples: Sequence[Samples], window: int, burn_in: int, batch: int, seed: int, shuffle: bool
+    ):
         self.samples, self.window, self.burn_in, self.batch = samples, window, burn_in, batch
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
 
@@ -123,7 +129,9 @@ class Windows(IterableDataset[Batch]):
 class ForecasterModule(L.LightningModule):
     """Loss, optimiser and schedule around a :class:`Forecaster`."""
 
-    def __init__(self, net: Forecaster, config: TrainConfig, steps_per_epoch: int, first_step: int = 0) -> None:
+    def __init__(
+        self, net: Forecaster, config: TrainConfig, steps_per_epoch: int, first_step: int = 0
+    ) -> None:
         super().__init__()
         self.net, self.config, self.first_step = net, config, first_step
         self.total_steps = max(1, steps_per_epoch * config.epochs)
@@ -158,7 +166,10 @@ class ForecasterModule(L.LightningModule):
         decayed = [p for n, p in self.named_parameters() if p.ndim >= 2 and "embedding" not in n]
         plain = [p for n, p in self.named_parameters() if not (p.ndim >= 2 and "embedding" not in n)]
         optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            [
+                {"params": decayed, "weight_decay": self.config.weight_decay},
+                {"params": plain, "weight_decay": 0.0},
+            ],
             lr=self.config.lr,
         )
         warm = max(1, self.total_steps // 20)
@@ -167,7 +178,9 @@ class ForecasterModule(L.LightningModule):
             at = step + self.first_step
             if at < warm:
                 return (at + 1) / warm
-            return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, (at - warm) / max(1, self.total_steps - warm))))
+            return 0.02 + 0.98 * 0.5 * (
+                1 + math.cos(math.pi * min(1.0, (at - warm) / max(1, self.total_steps - warm)))
+            )
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -252,7 +265,9 @@ class _Restore(Callback):
 def choose_device(device: str) -> str:
     """'cuda' or 'cpu' for ``auto|cpu|cuda``; UsageError when a GPU is asked for and there is none."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda was asked for, and torch sees no GPU here.", "Use --device auto or cpu.")
+        raise UsageError(
+            "--device cuda was asked for, and torch sees no GPU here.", "Use --device auto or cpu."
+        )
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 

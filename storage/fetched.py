@@ -46,7 +46,7 @@ def checked_frame(batch: WindowRows) -> pl.DataFrame:
     ours = all(bool((frame.get_column(c) == n).all()) for c, n in zip(CANDLE_KEY, names, strict=False))
     if not ours or not opens.is_between(batch.since_ms, batch.until_ms, closed="left").all():
         raise ValueError(f"the frame of {series} holds rows of another series or outside its window")
-    return frame
+    return frame.select(CANDLE_SCHEMA.names())
 
 
 def record(con: duckdb.DuckDBPyConnection, asked: Sequence[Asked], source: str, now_ms: int) -> None:

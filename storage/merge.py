@@ -48,6 +48,9 @@ def merge(
     if frame.select(pl.struct(key).is_duplicated().any()).item():
         frame = frame.unique(list(key), keep="last", maintain_order=True)
     first, last = _span(frame, time)
+    fixed = {k: frame.item(0, k) for k in key[:-1] if frame.get_column(k).n_unique() == 1}
+    matched = [k for k in key if k not in fixed]  # what is the same in every row filters better than it joins
+    within = "".join(f" AND {k} = ?" for k in fixed)
     keys, names = ", ".join(key), ", ".join(values)
     merged = ", ".join(f"coalesce(i.{v}, c.{v}) AS {v}, c.{v} AS old_{v}" for v in values)
     differs = " OR ".join(f"coalesce(i.{v}, c.{v}) IS DISTINCT FROM c.{v}" for v in values)
@@ -57,9 +60,9 @@ def merge(
         SELECT {", ".join(f"i.{k}" for k in key)}, {merged}, c.first_seen IS NOT NULL AS known
         FROM incoming i LEFT JOIN (
             SELECT {keys}, {names}, first_seen FROM {table}
-            WHERE {time} BETWEEN make_timestamp_ms(?) AND make_timestamp_ms(?)) c USING ({keys})
+            WHERE {time} BETWEEN make_timestamp_ms(?) AND make_timestamp_ms(?){within}) c USING ({", ".join(matched)})
         WHERE c.first_seen IS NULL OR {differs}""",
-        [first, last],
+        [first, last, *fixed.values()],
     )
     con.unregister("incoming")
     ((touched, changed),) = con.execute("SELECT count(*), count(*) FILTER (known) FROM delta").fetchall()

@@ -57,13 +57,22 @@ class Store:
         """
         if not batches:
             return PutResult()
-        frames = [naive(checked_frame(batch), CANDLE_SCHEMA) for batch in batches]
+        frames = [checked_frame(batch) for batch in batches]
+        asked: list[Asked] = [
+            (
+                b.series,
+                b.since_ms,
+                b.until_ms,
+                b.expected,
+                frame.get_column("open_time").n_unique(),
+                b.status,
+                b.reason,
+            )
+            for b, frame in zip(batches, frames, strict=True)
+        ]
+        rows = naive(pl.concat(frames, how="vertical_relaxed"), CANDLE_SCHEMA)
         with self.write() as con:
-            result = _merge_candles(con, pl.concat(frames), source, now_ms)
-            asked: list[Asked] = [
-                (b.series, b.since_ms, b.until_ms, b.expected, b.frame.height, b.status, b.reason)
-                for b in batches
-            ]
+            result = _merge_candles(con, rows, source, now_ms)
             record(con, asked, source, now_ms)
         return result
 

@@ -22,9 +22,15 @@ def bars(hours: list[int], **columns: list[float | None]) -> pl.DataFrame:
     """A candle frame of flat bars at 100, ``hours`` after START."""
     n = len(hours)
     values: dict[str, list[float | None]] = {name: [100.0] * n for name in ("open", "high", "low", "close")}
-    values |= {"volume": [1.0] * n, "turnover": [100.0] * n} | columns
+    values.update(volume=[1.0] * n, turnover=[100.0] * n)
+    values.update(columns)
     opens = pl.Series([START + hour * HOUR_MS for hour in hours], dtype=pl.Int64)
-    return pl.DataFrame({"open_time": opens.cast(pl.Datetime("ms", "UTC")), **values})
+    return pl.DataFrame(
+        {
+            "open_time": opens.cast(pl.Datetime("ms", "UTC")),
+            **{k: pl.Series(v, dtype=pl.Float64) for k, v in values.items()},
+        }
+    )
 
 
 def test_missing_ranges_are_what_done_leaves_even_when_done_overlaps_and_is_unsorted() -> None:
@@ -160,7 +166,7 @@ def test_the_default_bucket_stays_below_600_requests_in_any_5_seconds() -> None:
     for _ in range(2000):
         bucket.take()
         sent.append(clock.now)
-    assert max(sum(at <= other < at + 5 for other in sent) for at in sent[::50]) == 521
+    assert max(sum(at <= other < at + 5 for other in sent) for at in sent[::50]) <= 520
 
 
 def test_a_pause_holds_everyone_back_and_gives_no_burst_afterwards() -> None:

@@ -1,0 +1,901 @@
+"""The ``recur`` command. Only the standard library, Typer and the configuration load here: a command imports the
+rest when it runs, so that ``recur --help`` answers at once.
+
+Standard output carries the result (with ``--json`` exactly one document, whatever a library prints); progress,
+logs and errors go to standard error. An error is one line, its exit code is that of ``recur.vocabulary``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from recur.pipeline.config import Config, Provenance, dump_toml, load_config, starter_toml
+from recur.vocabulary import DataMissing, RecurError, UsageError, did_you_mean, iso, parse_time, to_ms
+
+if TYPE_CHECKING:
+    from recur.connectors.sandbox.world import World
+    from recur.storage.store import Store
+
+DEFAULT_HOME = ".recur"
+SANDBOX_PORT = 8899
+INTERRUPTED, NO_EDGE = 130, 5
+
+app = typer.Typer(
+    name="recur",
+    help="Calibrated forecasts for crypto markets, judged honestly against simple baselines.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+ledger_app = typer.Typer(help="The forecast track record.", no_args_is_help=True)
+schedule_app = typer.Typer(help="The cron entry that runs fetch and then predict.", no_args_is_help=True)
+sandbox_app = typer.Typer(help="A local exchange for trying things out.", no_args_is_help=True)
+app.add_typer(ledger_app, name="ledger")
+app.add_typer(schedule_app, name="schedule")
+app.add_typer(sandbox_app, name="sandbox")
+
+
+@dataclass
+class State:
+    """What the global options say, and where results go."""
+
+    out: TextIO = field(default_factory=lambda: sys.stdout)
+    home: Path = Path(DEFAULT_HOME)
+    home_given: bool = False
+    files: list[Path] = field(default_factory=list)
+    sets: list[str] = field(default_factory=list)
+    json: bool = False
+    verbose: int = 0
+    quiet: bool = False
+    wait: float | None = None
+
+    @property
+    def progress(self) -> bool:
+        """Whether to draw progress: only for a person at a terminal."""
+        return sys.stderr.isatty() and not self.quiet
+
+    def config(self, **flags: object) -> Config:
+        """The resolved configuration; ``section__key=value`` are the command's flags (None: not given)."""
+        given = {key.replace("__", "."): value for key, value in flags.items()}
+        config, provenance = load_config(self.files, self.sets, given | {"store.wait_s": self.wait})
+        if self.verbose:
+            _print_provenance(provenance)
+        return config
+
+    def store(self, config: Config) -> Store:
+        from recur.storage.store import Store
+
+        return Store(self.home, config.store.wait_s)
+
+    def result(self, document: Mapping[str, Any], people: Callable[[], None]) -> None:
+        """The one result of a command: the JSON ``document``, or whatever ``people`` prints."""
+        if self.json:
+            print(to_json(document), file=self.out, flush=True)
+        else:
+            people()
+
+
+def to_json(document: object) -> str:
+    """JSON text: NaN and infinity become null, times ISO-8601 with Z, NumPy scalars and paths plain values."""
+    return json.dumps(_plain(document), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, datetime):
+        return iso(to_ms(value))
+    if isinstance(value, date | Path):
+        return str(value)
+    return _plain(value.item()) if hasattr(value, "item") else str(value)
+
+
+# -- entry -------------------------------------------------------------------------------------------------------
+
+_GLOBAL_FLAGS = {"--json", "--no-color", "-q", "--quiet", "-v", "-vv", "--verbose"}
+_GLOBAL_VALUES = {"--home", "-c", "--config", "--set", "--wait"}
+
+
+def hoist(arguments: Sequence[str]) -> list[str]:
+    """``arguments`` with the global options in front, wherever they were typed (up to a lone ``--``)."""
+    front, rest = [], []
+    left = iter(arguments)
+    for word in left:
+        if word == "--":
+            rest += [word, *left]
+        elif word in _GLOBAL_FLAGS or word.partition("=")[0] in _GLOBAL_VALUES - {"-c", word}:
+            front.append(word)
+        elif word in _GLOBAL_VALUES:
+            front += [word, *([value] if (value := next(left, None)) is not None else [])]
+        else:
+            rest.append(word)
+    return front + rest
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; returns its exit code. Never raises, whatever the command does."""
+    words = hoist(arguments)
+    as_json = "--json" in words and not {"-h", "--help"} & set(words)
+    if "--no-color" in words:
+        os.environ["NO_COLOR"] = "1"
+    state = State(out=sys.stdout, json=as_json)
+    aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    try:
+        with aside:
+            code = app(args=words, prog_name="recur", standalone_mode=False, obj=state)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else 0
+    except RecurError as error:
+        _fail(state, error, error.exit_code, error.message, error.hint)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort) as error:
+        _fail(state, error, INTERRUPTED, "Interrupted.", "")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader has gone, as in `recur status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if isinstance(
+            error, typer.BadParameter.__mro__[1]
+        ):  # click's UsageError, which Typer does not export
+            command = getattr(getattr(error, "ctx", None), "command_path", "recur")
+            message = getattr(error, "format_message", lambda: str(error))()
+            _fail(state, error, 2, message, f"See {command} --help.")
+            return 2
+        _fail(
+            state,
+            error,
+            1,
+            f"{type(error).__name__}: {error}",
+            "" if state.verbose > 1 else "-vv shows where.",
+        )
+        return 1
+
+
+def _fail(state: State, error: BaseException, code: int, message: str, hint: str) -> None:
+    line, hint = " ".join(message.split()), " ".join(hint.split())
+    if state.verbose > 1:
+        traceback.print_exception(error, file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):
+        print(f"recur: {line} {hint}".rstrip(), file=sys.stderr)
+        if state.json:
+            body = {"code": code, "message": line, "hint": hint, "type": type(error).__name__}
+            print(to_json({"error": body}), file=state.out, flush=True)
+
+
+def main() -> None:
+    """The console entry."""
+    sys.exit(run(sys.argv[1:]))
+
+
+@app.callback(invoke_without_command=True)
+def _globals(
+    ctx: typer.Context,
+    home: Annotated[
+        Path | None, typer.Option(help=f"Workspace folder.  [env RECUR_HOME, else {DEFAULT_HOME}]")
+    ] = None,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option("-c", "--config", help="TOML file instead of ./recur.toml; repeat, later wins."),
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; repeat.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON document.")] = False,
+    verbose: Annotated[
+        int,
+        typer.Option(
+            "-v", "--verbose", count=True, help="Show the settings and their origin; -vv tracebacks."
+        ),
+    ] = 0,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress, errors only.")] = False,
+    no_color: Annotated[bool, typer.Option("--no-color", help="Plain output.")] = False,
+    wait: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Patience while another process holds the store.")
+    ] = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    state = ctx.obj if isinstance(ctx.obj, State) else State()
+    ctx.obj = state
+    state.home = home or Path(os.environ.get("RECUR_HOME") or DEFAULT_HOME)
+    state.home_given = home is not None
+    local = Path("recur.toml")
+    state.files = list(config) if config else [local] if local.exists() else []
+    state.sets = sets or []
+    state.json, state.verbose, state.quiet, state.wait = as_json, verbose, quiet, wait
+    level = logging.ERROR if quiet else [logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)]
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("recur").setLevel(level)  # only ours: other loggers may show request headers
+    if version:
+        text = _version("recur")
+        state.result({"version": text}, lambda: print(f"recur {text}"))
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        if as_json:
+            raise UsageError("A command is expected.", "See recur --help.")
+        print(ctx.get_help())
+
+
+# -- printing ----------------------------------------------------------------------------------------------------
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _print_provenance(provenance: Provenance) -> None:
+    for key, (value, origin) in provenance.items():
+        print(f"{key} = {value!r}  ({origin})", file=sys.stderr)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}" if math.isfinite(value) else "-"
+    if isinstance(value, datetime):
+        return iso(to_ms(value))
+    return "-" if value is None else str(value)
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    console.print(table)
+
+
+def _pairs(title: str, values: Mapping[str, Any]) -> None:
+    """A two-column table of what is not itself a table."""
+    shown = [(key, value) for key, value in values.items() if not isinstance(value, Mapping | list)]
+    _table(title, ["", ""], shown)
+
+
+@contextlib.contextmanager
+def _progress(state: State, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error; gives the function to call with (done, total)."""
+    if not state.progress:
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _say_metrics(metrics: Mapping[str, Any]) -> None:
+    forecast = metrics.get("forecast") or {}
+    names = list(dict.fromkeys(name for block in forecast.values() for name in block.get("baselines", {})))
+    own = ("crps", "coverage_50", "coverage_90", "qlike", "ic", "auc")
+    rows = []
+    for horizon, block in forecast.items():
+        skills = [block.get("baselines", {}).get(name, {}).get("crps_skill") for name in names]
+        rows.append([horizon, *(block.get(key) for key in own), *skills])
+    if rows:
+        _table(
+            "Forecasts by horizon (bars)", ["horizon", *own, *(f"skill vs {name}" for name in names)], rows
+        )
+    if metrics.get("trading"):
+        _pairs("Simulated trading (annualised over 365 days)", metrics["trading"])
+    _pairs("Run", metrics)
+
+
+# -- options that several commands share ---------------------------------------------------------------------------
+
+Symbols = Annotated[
+    list[str] | None,
+    typer.Option("-s", "--symbols", help="BTCUSDT,ETHUSDT or BTC/USDT:USDT; commas or repeat."),
+]
+Interval = Annotated[str | None, typer.Option("-i", "--interval", help="Bar length: 1m … 1h … 1d 1w 1M.")]
+Category = Annotated[str | None, typer.Option(help="linear, inverse or spot.")]
+BaseUrl = Annotated[str | None, typer.Option(help="Other address of the venue.")]
+Since = Annotated[str | None, typer.Option(metavar="TIME", help="From this UTC time on, ISO-8601.")]
+Until = Annotated[str | None, typer.Option(metavar="TIME", help="Before this UTC time, ISO-8601.")]
+Model = Annotated[str | None, typer.Option(help="Name of the model.")]
+Epochs = Annotated[int | None, typer.Option(help="Most passes over the data.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of every random draw.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+Pool = Annotated[list[str] | None, typer.Option(help="File of candles used for training only; repeat.")]
+RequireEdge = Annotated[bool, typer.Option("--require-edge", help="Exit 5 when the verdict finds no skill.")]
+
+
+def _words(values: Sequence[str] | None) -> list[str] | None:
+    """``["a,b", "c"]`` as ``["a", "b", "c"]``; None stays None."""
+    return (
+        None
+        if not values
+        else [word.strip() for value in values for word in value.split(",") if word.strip()]
+    )
+
+
+def _time(text: str | None) -> int | None:
+    return None if text is None else parse_time(text)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+# -- commands ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def init(
+    ctx: typer.Context,
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recur.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite.")] = False,
+) -> None:
+    """Write a commented recur.toml."""
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists already.", "--force overwrites it.")
+    try:
+        path.write_text(starter_toml(), "utf-8")
+    except OSError as error:
+        raise RecurError(f"Cannot write {path}: {error}.") from None
+    ctx.obj.result({"path": str(path)}, lambda: print(f"Wrote {path}: every setting with its default."))
+
+
+@app.command()
+def fetch(
+    ctx: typer.Context,
+    symbols: Symbols = None,
+    interval: Interval = None,
+    category: Category = None,
+    since: Since = None,
+    until: Until = None,
+    days: Annotated[int | None, typer.Option(help="Days of history the first time.")] = None,
+    kinds: Annotated[str | None, typer.Option(help="candles,mark,index,premium,funding.")] = None,
+    source: Annotated[list[str] | None, typer.Option(help="bybit, sandbox or a file; repeat.")] = None,
+    base_url: BaseUrl = None,
+    workers: Annotated[int | None, typer.Option(help="Parallel requests.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be asked.")] = False,
+) -> None:
+    """Bring the store up to date from the venue, the sandbox, or files."""
+    state: State = ctx.obj
+    if since is not None and days is not None:
+        raise UsageError("Both --since and --days were given.", "Give one of them.")
+    config = state.config(
+        market__symbols=_words(symbols), market__interval=interval, market__category=category, fetch__days=days,
+        fetch__kinds=kinds, fetch__base_url=base_url, fetch__workers=workers,
+    )  # fmt: skip
+    sources = source or ["bybit"]
+    for name in sources:
+        if name not in ("bybit", "sandbox") and not Path(name).is_file():
+            guess = did_you_mean(name, ("bybit", "sandbox"))
+            raise UsageError(f"Source '{name}' is neither bybit, sandbox nor a file.{guess}")
+    span = (_time(since), _time(until))
+    results = []
+    for name in sources:
+        if name in ("bybit", "sandbox"):
+            done = _fetch_venue(state, config, name, span, dry_run)
+        elif dry_run:
+            done = {"file": name, "windows": 0, "requests": 0}
+        else:
+            from recur.pipeline.fetch import import_file
+
+            done = dict(import_file(state.store(config), Path(name), config.market.category, _now_ms()))
+        results.append({"source": name, **done})
+
+    def people() -> None:
+        for result in results:
+            _pairs("Plan" if dry_run else "Fetched", result)
+
+    state.result(results[0] if len(results) == 1 else {"sources": results}, people)
+
+
+def _fetch_venue(
+    state: State, config: Config, source: str, span: tuple[int | None, int | None], dry_run: bool
+) -> dict[str, Any]:
+    from recur.connectors.bybit import BybitConnector
+    from recur.pipeline.fetch import FetchRequest, plan_fetch, run_fetch
+
+    url = config.fetch.base_url or (f"http://127.0.0.1:{SANDBOX_PORT}" if source == "sandbox" else None)
+    connector = BybitConnector(url, workers=config.fetch.workers)
+    request = FetchRequest(
+        symbols=config.market.symbols, category=config.market.category, interval=config.market.interval,
+        kinds=config.fetch.kinds, since_ms=span[0], until_ms=span[1],
+        days=config.fetch.days if span[0] is None else None, workers=config.fetch.workers, dry_run=dry_run,
+    )  # fmt: skip
+    store = state.store(config)
+    plan = plan_fetch(store, connector, request)
+    if dry_run:
+        return dict(plan.as_dict())
+    with _progress(state, "fetching") as on_progress:
+        return dict(run_fetch(store, connector, plan, on_progress).as_dict())
+
+
+@app.command()
+def status(ctx: typer.Context) -> None:
+    """Show what is stored: series, ranges, gaps, freshness, runs, last forecasts."""
+    from recur.storage.runs import list_runs
+
+    state: State = ctx.obj
+    store = state.store(state.config())
+    series: list[dict[str, Any]] = []
+    forecasts: list[dict[str, Any]] = []
+    if store.path.exists():
+        series, forecasts = store.series_summary().to_dicts(), store.forecasts(5).to_dicts()
+    for row in series:
+        row["age_hours"] = round((_now_ms() - to_ms(row["last"])) / 3_600_000, 2)
+    runs = [{"run_id": item.run_id, "status": item.status()} for item in list_runs(state.home)]
+    document = {"home": str(state.home.resolve()), "series": series, "runs": runs, "forecasts": forecasts}
+
+    def people() -> None:
+        if not series:
+            print(f"Nothing is stored in {state.home} yet: recur fetch brings data.")
+        else:
+            columns = ["series", "rows", "first", "last", "gaps", "missing", "age_hours"]
+            _table(f"Series in {store.path}", columns, ([row[key] for key in columns] for row in series))
+        if runs:
+            _table("Runs", ["run_id", "status"], (list(item.values()) for item in runs))
+        if forecasts:
+            _say_forecasts("Last forecasts", forecasts)
+
+    state.result(document, people)
+
+
+@app.command()
+def train(
+    ctx: typer.Context,
+    what: Annotated[str, typer.Argument(metavar="[price]", help="What to train.")] = "price",
+    model: Model = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    device: Device = None,
+    symbols: Symbols = None,
+    interval: Interval = None,
+    pool: Pool = None,
+    since: Since = None,
+    until: Until = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this unfinished run.")] = None,
+) -> None:
+    """Train one model on what is stored."""
+    if what != "price":
+        raise UsageError(f"'{what}' cannot be trained: expected price.{did_you_mean(what, ['price'])}")
+    state: State = ctx.obj
+    config = state.config(
+        model__name=model, train__epochs=epochs, train__seed=seed, train__device=device, train__pool=pool,
+        market__symbols=_words(symbols), market__interval=interval, train__since=since, train__until=until,
+    )  # fmt: skip
+    from recur.pipeline.train import train_price
+
+    metrics = train_price(state.home, config, resume=resume, progress=state.progress)
+    state.result(metrics, lambda: _say_metrics(metrics))
+
+
+@app.command()
+def backtest(
+    ctx: typer.Context,
+    model: Model = None,
+    run: Annotated[str | None, typer.Option(metavar="RUN", help="Use this trained run.")] = None,
+    folds: Annotated[
+        int | None, typer.Option(help="Parts of the test range, each with its own training.")
+    ] = None,
+    test_since: Since = None,
+    test_until: Until = None,
+    pool: Pool = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    device: Device = None,
+    symbols: Symbols = None,
+    interval: Interval = None,
+    require_edge: RequireEdge = False,
+) -> None:
+    """Walk forward out of sample, trade with costs, compare with the baselines."""
+    state: State = ctx.obj
+    config = state.config(
+        model__name=model, backtest__folds=folds, backtest__test_since=test_since, backtest__test_until=test_until,
+        train__pool=pool, train__epochs=epochs, train__seed=seed, train__device=device,
+        market__symbols=_words(symbols), market__interval=interval,
+    )  # fmt: skip
+    from recur.pipeline.backtest import run_backtest
+    from recur.pipeline.verdict import verdict_text
+
+    metrics = run_backtest(state.home, config, run=run, progress=state.progress)
+
+    def people() -> None:
+        _say_metrics(metrics)
+        print(verdict_text(metrics))
+
+    state.result(metrics, people)
+    _check_edge(require_edge, [metrics])
+
+
+def _check_edge(required: bool, found: Sequence[Mapping[str, Any]]) -> None:
+    without = [str(metrics.get("run_id")) for metrics in found if metrics["verdict"]["skill"] == "none"]
+    if required and without:
+        print(
+            f"recur: The verdict finds no skill in {', '.join(without)}, and --require-edge was given.",
+            file=sys.stderr,
+        )
+        raise typer.Exit(NO_EDGE)
+
+
+@app.command()
+def verdict(
+    ctx: typer.Context,
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Backtests; else the last.")
+    ] = None,
+    require_edge: RequireEdge = False,
+) -> None:
+    """Say on one page whether there is skill, how sure that is, and what costs leave of it."""
+    from recur.pipeline.verdict import verdict_text
+    from recur.storage.runs import open_run
+
+    state: State = ctx.obj
+    names = runs or [_latest_backtest(state.home)]
+    found = [open_run(state.home, name).read_json("metrics.json") for name in names]
+    for name, metrics in zip(names, found, strict=True):
+        if "verdict" not in metrics:
+            raise DataMissing(f"Run '{name}' was not backtested.", f"recur backtest --run {name} does that.")
+    state.result(
+        found[0] if len(found) == 1 else {"runs": found},
+        lambda: print("\n\n".join(verdict_text(metrics) for metrics in found)),
+    )
+    _check_edge(require_edge, found)
+
+
+def _latest_backtest(home: Path) -> str:
+    from recur.storage.runs import latest_run
+
+    run_id = latest_run(home, "backtest")
+    if run_id is None:
+        raise DataMissing(f"There is no finished backtest in {home}.", "recur backtest makes one.")
+    return run_id
+
+
+@app.command()
+def predict(
+    ctx: typer.Context,
+    run: Annotated[str | None, typer.Option(metavar="RUN", help="Trained run; else the last.")] = None,
+    as_of: Annotated[str | None, typer.Option(metavar="TIME", help="As if this were now; UTC.")] = None,
+    symbols: Symbols = None,
+) -> None:
+    """Forecast from the last closed bar and append to the ledger."""
+    state: State = ctx.obj
+    config = state.config(market__symbols=_words(symbols))
+    as_of_ms = _time(as_of)
+    from recur.pipeline import predict as predicting
+
+    found = predicting.predict(state.home, config, run=run, as_of_ms=as_of_ms)
+
+    def people() -> None:
+        _say_forecasts(f"Forecasts ({found['appended']} new in the ledger)", found["forecasts"])
+
+    state.result(found, people)
+
+
+def _say_forecasts(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = ["unique_id", "cutoff", "ds", "horizon", "model", "q05", "q50", "q95", "prob_up", "vol"]
+    _table(title, columns, ([row.get(key) for key in columns] for row in rows))
+
+
+@ledger_app.command("show")
+def ledger_show(
+    ctx: typer.Context,
+    limit: Annotated[int, typer.Option(min=1, help="Newest entries to show.")] = 50,
+    symbols: Symbols = None,
+) -> None:
+    """List the newest forecasts of the ledger."""
+    state: State = ctx.obj
+    config = state.config(market__symbols=_words(symbols))
+    rows = state.store(config).forecasts(limit, config.market.symbols if symbols else None).to_dicts()
+
+    def people() -> None:
+        _say_forecasts("Ledger", rows)
+
+    state.result({"forecasts": rows}, people)
+
+
+# -- schedule ------------------------------------------------------------------------------------------------------
+
+
+@schedule_app.command("show")
+def schedule_show(ctx: typer.Context) -> None:
+    """Print the entry of this home."""
+    from recur.pipeline import schedule
+
+    state: State = ctx.obj
+    line = schedule.show(schedule.read_crontab(), state.home.resolve())
+    state.result({"installed": line is not None, "line": line}, lambda: print(line or "Not scheduled."))
+
+
+@schedule_app.command("install")
+def schedule_install(
+    ctx: typer.Context,
+    every: Annotated[str | None, typer.Option(help="Period: 5m, 1h, 4h, 1d …")] = None,
+    delay: Annotated[int | None, typer.Option(metavar="SECONDS", help="Wait after the bar's close.")] = None,
+) -> None:
+    """Add or replace the entry of this home."""
+    from recur.pipeline import schedule
+
+    state: State = ctx.obj
+    config = state.config(schedule__every=every, schedule__delay_s=delay)
+    home = state.home.resolve()
+    options = ["--home", str(home), "--quiet"]
+    for file in state.files:
+        options += ["--config", str(file.resolve())]
+    for text in state.sets:
+        options += ["--set", text]
+    offset = datetime.now().astimezone().utcoffset()
+    line = schedule.cron_line(
+        home, sys.executable, options, every=config.schedule.every, delay_s=config.schedule.delay_s,
+        cwd=Path.cwd(), flock=schedule.find_flock(),
+        utc_offset_min=int(offset.total_seconds() // 60) if offset else 0,
+    )  # fmt: skip
+    try:
+        before = schedule.read_crontab()
+    except RecurError as error:
+        if not state.json:
+            print(line)
+        paste = f"The line to paste is: {line}" if state.json else "The line to paste is printed above."
+        raise RecurError(error.message, f"{error.hint} {paste}") from None
+    (home / "logs").mkdir(parents=True, exist_ok=True)
+    schedule.write_crontab(schedule.install(before, line))
+    state.result({"installed": True, "line": line}, lambda: print(line))
+
+
+@schedule_app.command("remove")
+def schedule_remove(ctx: typer.Context) -> None:
+    """Take the entry of this home away."""
+    from recur.pipeline import schedule
+
+    state: State = ctx.obj
+    before = schedule.read_crontab()
+    after = schedule.remove(before, state.home.resolve())
+    if after != before:
+        schedule.write_crontab(after)
+    document = {"installed": False, "removed": after != before}
+    state.result(document, lambda: print("Removed." if document["removed"] else "Was not scheduled."))
+
+
+# -- report, sandbox, demo, doctor ---------------------------------------------------------------------------------
+
+
+@app.command()
+def report(
+    ctx: typer.Context,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Backtest; else the last.")] = None,
+    show: Annotated[
+        bool | None, typer.Option("--open/--no-open", help="Open it in the browser; default at a terminal.")
+    ] = None,
+) -> None:
+    """Render the HTML report of a run and open it."""
+    from recur.pipeline.report import write_report
+    from recur.storage.runs import open_run
+
+    state: State = ctx.obj
+    path = write_report(open_run(state.home, run or _latest_backtest(state.home))).resolve()
+    state.result({"path": str(path)}, lambda: print(path))
+    if show if show is not None else sys.stdout.isatty() and not state.json:
+        import webbrowser
+
+        webbrowser.open(path.as_uri())
+
+
+@sandbox_app.command("serve")
+def sandbox_serve(
+    ctx: typer.Context,
+    replay: Annotated[
+        list[Path] | None, typer.Option(help="File of candles or funding to serve; repeat.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the generated market.")] = 0,
+    signal: Annotated[
+        float, typer.Option(help="Planted skill: correlation with the next hour's return.")
+    ] = 0.0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = SANDBOX_PORT,
+    now: Annotated[str | None, typer.Option(metavar="TIME", help="The venue's time at the start.")] = None,
+    speed: Annotated[
+        float, typer.Option(min=0.0, help="Pace of that time: 0 stands still, 1 is real.")
+    ] = 1.0,
+    since: Annotated[str, typer.Option(metavar="TIME", help="Begin of the generated market.")] = "2024-01-01",
+    until: Annotated[
+        str | None, typer.Option(metavar="TIME", help="End of the generated market; default a week from now.")
+    ] = None,
+) -> None:
+    """Serve a generated or replayed market on this computer until Ctrl-C."""
+    from recur.connectors.sandbox.server import SandboxServer, VirtualClock
+
+    state: State = ctx.obj
+    start_ms, now_ms = parse_time(since), _time(now)
+    end_ms = parse_time(until) if until else (now_ms or _now_ms()) + 7 * 86_400_000
+    if start_ms >= end_ms:
+        raise UsageError(f"--since {since} is not before the end of the market, {iso(end_ms)}.")
+    if replay:
+        world = _replayed(replay)
+        now_ms = world.end_ms if now_ms is None else now_ms
+    else:
+        from recur.connectors.sandbox.generated import GeneratedMarket
+
+        world = GeneratedMarket(seed, start_ms, end_ms, symbols=state.config().market.symbols, signal=signal)
+        now_ms = (parse_time(until) if until else _now_ms()) if now_ms is None else now_ms
+    server = SandboxServer(world, VirtualClock(now_ms, speed), port=port)
+    with _until_signalled() as wait:
+        try:
+            url = server.start()
+        except OSError as error:
+            raise RecurError(
+                f"Port {port} cannot be used: {error}.", "Choose another --port, or 0."
+            ) from None
+        try:
+            state.result({"url": url, "now": iso(now_ms)}, lambda: print(url, flush=True))
+            wait()
+        finally:
+            server.stop()
+
+
+def _replayed(paths: Sequence[Path]) -> World:
+    import polars as pl
+
+    from recur.connectors.files import read_candles, read_funding, sniff
+    from recur.connectors.sandbox.replay import ReplayMarket
+
+    kinds = [(path, sniff(path)) for path in paths]
+    candles = [read_candles(path) for path, kind in kinds if kind == "candles"]
+    funding = [read_funding(path) for path, kind in kinds if kind == "funding"]
+    if not candles:
+        raise UsageError("No file of candles was given to replay.", "--replay FILE, repeated for funding.")
+    return ReplayMarket(pl.concat(candles), pl.concat(funding) if funding else None)
+
+
+@contextlib.contextmanager
+def _until_signalled() -> Iterator[Callable[[], None]]:
+    """Gives a function that waits for Ctrl-C or a polite kill, both a normal end."""
+    import signal
+    import threading
+
+    ended = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: ended.set()) for number in signals]
+    try:
+        yield lambda: _wait_for(ended)
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _wait_for(event: Any) -> None:
+    while not event.wait(0.5):
+        pass
+
+
+@app.command()
+def demo(
+    ctx: typer.Context,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller and faster, for a first look.")] = False,
+) -> None:
+    """Go the whole path against the sandbox, without network; in a temporary folder unless --home is given."""
+    from recur.pipeline.demo import run_demo
+
+    state: State = ctx.obj
+    found = run_demo(state.home if state.home_given else None, progress=state.progress, quick=quick)
+    state.result(found, lambda: _pairs("Demo", found))
+
+
+@app.command()
+def doctor(
+    ctx: typer.Context,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not ask the venue.")] = False,
+    base_url: BaseUrl = None,
+) -> None:
+    """Check the installation: versions, GPU, disk, store, venue and clock. Exit 1 when a check fails."""
+    state: State = ctx.obj
+    config = state.config(fetch__base_url=base_url)
+    checks = [("recur", True, f"{_version('recur')}, Python {sys.version.split()[0]}")]
+    for package in (
+        "torch",
+        "lightning",
+        "polars",
+        "duckdb",
+        "pyarrow",
+        "pybit",
+        "numpy",
+        "scipy",
+        "safetensors",
+    ):
+        checks.append((package, (found := _version(package)) != "not installed", found))
+    checks += [_check("gpu", _gpu), _check("disk", lambda: _disk(state.home))]
+    checks.append(_check("store", lambda: _store_check(state, config)))
+    if not offline:
+        checks.append(_check("venue", lambda: _venue(config.fetch.base_url)))
+    ok = all(passed for _, passed, _ in checks)
+    document = {
+        "ok": ok,
+        "checks": [dict(zip(("name", "ok", "detail"), check, strict=True)) for check in checks],
+    }
+    state.result(
+        document,
+        lambda: _table(
+            "Checks", ["check", "", "detail"], [(n, "ok" if k else "FAILED", d) for n, k, d in checks]
+        ),
+    )
+    if not ok:
+        raise typer.Exit(1)
+
+
+def _check(name: str, look: Callable[[], str]) -> tuple[str, bool, str]:
+    try:
+        return name, True, look()
+    except (RecurError, OSError, ImportError) as error:
+        hint = error.hint if isinstance(error, RecurError) else ""
+        return name, False, f"{error} {hint}".strip()
+
+
+def _gpu() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none: the processor is used"
+
+
+def _disk(home: Path) -> str:
+    import shutil
+
+    folder = next(path for path in (home.resolve(), *home.resolve().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if free < 1 << 30:
+        raise RecurError(
+            f"only {free / 2**20:.0f} MiB free at {folder}.", "Make room: a gigabyte is the least."
+        )
+    return f"{free / 2**30:.1f} GiB free at {folder}"
+
+
+def _store_check(state: State, config: Config) -> str:
+    store = state.store(config)
+    return f"{store.path}: {store.series_summary().height} series" if store.path.exists() else "none yet"
+
+
+def _venue(base_url: str) -> str:
+    from recur.connectors.bybit import BybitConnector
+
+    before = _now_ms()
+    there = BybitConnector(base_url or None, attempts=1, timeout_s=5.0).server_time_ms()
+    after = _now_ms()
+    drift_s = (there - (before + after) / 2) / 1000
+    if not base_url and abs(drift_s) > 5:
+        raise RecurError(f"this clock is {-drift_s:+.1f} s off the venue's.", "Set the clock (NTP).")
+    return f"answers in {after - before} ms, its clock is {drift_s:+.1f} s from this one"
+
+
+@app.command("config")
+def show_config(ctx: typer.Context) -> None:
+    """Print the resolved settings as TOML."""
+    config = ctx.obj.config()
+    ctx.obj.result({"config": dump_toml(config)}, lambda: print(dump_toml(config), end=""))
+
+
+if __name__ == "__main__":
+    main()

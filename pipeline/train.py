@@ -1,0 +1,163 @@
+"""``recur train price``: from the store (and pool files) to a run folder with a forecaster in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recur.models.forecaster import Forecaster, ForecasterSpec
+from recur.pipeline import artefact as art
+from recur.pipeline.config import Config, dump_toml, load_config
+from recur.pipeline.dataset import RawSeries, SeriesArrays, Split, arrays, fit_transform, make_split
+from recur.pipeline.features import FeatureTransform
+from recur.pipeline.fit import choose_device, fit
+from recur.pipeline.load import data_end_ms, open_store, pool_series, snapshot, stored_series
+from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id
+from recur.vocabulary import INTERVALS, UsageError, did_you_mean, iso, next_open, parse_time
+
+
+def build_net(config: Config, transform: FeatureTransform, symbols: dict[str, int]) -> Forecaster:
+    """A fresh network; its initial weights depend on ``train.seed`` alone."""
+    torch.manual_seed(config.train.seed)
+    return Forecaster(
+        ForecasterSpec(
+            model=config.model.name,
+            n_features=len(transform.names),
+            n_symbols=len(symbols) + 1,
+            horizons=transform.horizons,
+            hidden=config.model.hidden,
+            layers=config.model.layers,
+            embed=config.model.embed,
+            dropout=config.model.dropout,
+            drift=config.model.drift,
+        )
+    )
+
+
+def gap_ms(config: Config) -> int:
+    """Length of a purge gap: the longest horizon."""
+    step = INTERVALS[config.market.interval] or 31 * 86_400_000
+    return max(config.train.horizons) * step
+
+
+def symbol_table(series: Sequence[RawSeries]) -> dict[str, int]:
+    """Embedding row of every symbol; 0 is left for symbols never seen."""
+    return {name: i + 1 for i, name in enumerate(sorted({s.symbol for s in series}))}
+
+
+def fit_fold(
+    series: Sequence[RawSeries], split: Split, config: Config, folder: RunFolder, *, progress: bool
+) -> tuple[art.Artefact, list[SeriesArrays], dict[str, Any]]:
+    """Features, network and training of one split; everything fitted sees the training span alone."""
+    horizons, interval = config.train.horizons, config.market.interval
+    transform = fit_transform(series, interval, horizons, split.train_until_ms, bool(config.features.fine))
+    data = arrays(series, transform)
+    made = art.Artefact(build_net(config, transform, symbols := symbol_table(series)), transform, symbols)
+    art.save_spec(folder, made)
+    summary = fit(made.net, data, symbols, split, config.train, folder.path, progress=progress)
+    art.save_weights(folder, made.net)
+    return made, data, summary
+
+
+def train_price(home: Path, config: Config, *, resume: str | None, progress: bool) -> dict[str, Any]:
+    """Train one price forecaster and return its metrics (``run_id``, ``val_pinball`` per epoch, …).
+
+    The last ``train.val_days`` before ``train.until`` (the end of the data) validate. Raises DataMissing when the
+    store lacks the series, UsageError when ``resume`` names a run that does not fit the configuration.
+    """
+    started = time.monotonic()
+    choose_device(config.train.device)
+    if resume:
+        folder, config = _resumed(home, config, resume)
+        if folder.status() == COMPLETE:
+            return folder.read_json("metrics.json")
+    store = open_store(home, config)
+    since = parse_time(config.train.since) if config.train.since else None
+    until = parse_time(config.train.until) if config.train.until else None
+    own = stored_series(store, config, since, until)
+    series = own + pool_series(config.train.pool, config)
+    end = until or data_end_ms(own)
+    # Cutoffs are closes, and the last bar's close is the end itself: one bar more keeps it inside the span.
+    split = make_split(next_open(end, config.market.interval), end, config.train.val_days, 0)
+    split = replace(split, train_until_ms=split.val_since_ms - gap_ms(config))
+    if not resume:
+        config = replace(config, train=replace(config.train, until=iso(end)))
+        folder = RunFolder(home, new_run_id("train", config.model.name, int(time.time() * 1000)))
+        folder.write_text("config.toml", dump_toml(config))
+        folder.write_json("manifest.json", _manifest(config, folder, own, series, split, RUNNING, 0.0))
+    made, _, summary = fit_fold(series, split, config, folder, progress=progress)
+    metrics: dict[str, Any] = {
+        "run_id": folder.run_id,
+        "model": config.model.name,
+        "series": [s.unique_id for s in own],
+        "horizons": list(config.train.horizons),
+        "parameters": sum(p.numel() for p in made.net.parameters()),
+        **summary,
+    }
+    folder.write_json("metrics.json", metrics)
+    seconds = time.monotonic() - started
+    folder.write_json("manifest.json", _manifest(config, folder, own, series, split, COMPLETE, seconds))
+    (folder.path / "state.safetensors").unlink(missing_ok=True)
+    return metrics
+
+
+def _manifest(
+    config: Config,
+    folder: RunFolder,
+    own: Sequence[RawSeries],
+    series: Sequence[RawSeries],
+    split: Split,
+    status: str,
+    seconds: float,
+) -> dict[str, Any]:
+    return {
+        "run_id": folder.run_id,
+        "kind": "train",
+        "model": config.model.name,
+        "status": status,
+        "seed": config.train.seed,
+        "device": choose_device(config.train.device),
+        "known_until": iso(data_end_ms(series)),
+        "split": split.as_dict(),
+        "data": snapshot(series),
+        "series": [s.unique_id for s in own],
+        "wall_s": round(seconds, 3),
+        "parent": None,
+        **art.environment(),
+    }
+
+
+def _resumed(home: Path, config: Config, resume: str) -> tuple[RunFolder, Config]:
+    """The folder and configuration of the run to go on with; its features must be those configured now."""
+    runs = [r for r in list_runs(home) if r.run_id.startswith("train-")]
+    names = [r.run_id for r in runs]
+    wanted = names[-1] if resume == "last" and names else resume
+    if wanted not in names:
+        raise UsageError(
+            f"There is no training run '{resume}' in {home / 'runs'}.{did_you_mean(resume, names)}",
+            "'recur status' lists the runs; '--resume last' takes the newest.",
+        )
+    folder = RunFolder(home, wanted)
+    if not folder.config.exists() or folder.status() == "broken":
+        raise UsageError(
+            f"Run {wanted} was cut off before it recorded its configuration: there is nothing to go on with.",
+            f"Remove {folder.path} and train again.",
+        )
+    theirs, _ = load_config([folder.config], [], {})
+    if folder.features.exists():
+        before = [f["name"] for f in folder.read_json("features.json")["features"]]
+        now = FeatureTransform(
+            config.market.interval, config.train.horizons, bool(config.features.fine)
+        ).names
+        if before != now or theirs.market.interval != config.market.interval:
+            changed = sorted(set(before) ^ set(now)) or [f"interval {theirs.market.interval}"]
+            raise UsageError(
+                f"Run {wanted} was trained on other features than configured now: {', '.join(changed[:6])} differ.",
+                f"Use the configuration {folder.config}, or start a new run without --resume.",
+            )
+    return folder, theirs
