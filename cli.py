@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from recur.pipeline.config import Config, Provenance, dump_toml, load_config, starter_toml
-from recur.vocabulary import DataMissing, RecurError, UsageError, did_you_mean, iso, parse_time, to_ms
+from recur.pipeline.config import Config, Provenance, load_config, starter_toml
+from recur.vocabulary import DataMissing, RecurError, Series, UsageError, did_you_mean, iso, parse_time, to_ms
 
 if TYPE_CHECKING:
     from recur.connectors.sandbox.world import World
@@ -41,9 +41,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-ledger_app = typer.Typer(help="The forecast track record.", no_args_is_help=True)
-schedule_app = typer.Typer(help="The cron entry that runs fetch and then predict.", no_args_is_help=True)
-sandbox_app = typer.Typer(help="A local exchange for trying things out.", no_args_is_help=True)
+ledger_app = typer.Typer(help="The forecast track record.")
+schedule_app = typer.Typer(help="The cron entry that runs fetch and then predict.")
+sandbox_app = typer.Typer(help="A local exchange for trying things out.")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(schedule_app, name="schedule")
 app.add_typer(sandbox_app, name="sandbox")
@@ -155,22 +155,22 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader has gone, as in `recur status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:
-        if isinstance(
-            error, typer.BadParameter.__mro__[1]
-        ):  # click's UsageError, which Typer does not export
-            command = getattr(getattr(error, "ctx", None), "command_path", "recur")
-            message = getattr(error, "format_message", lambda: str(error))()
-            _fail(state, error, 2, message, f"See {command} --help.")
-            return 2
-        _fail(
-            state,
-            error,
-            1,
-            f"{type(error).__name__}: {error}",
-            "" if state.verbose > 1 else "-vv shows where.",
-        )
-        return 1
+    except Exception as error:  # noqa: BLE001 - the last resort: one line instead of a traceback
+        return _unexpected(state, error)
+
+
+def _unexpected(state: State, error: Exception) -> int:
+    """Report wrong usage that Typer found (exit 2), or anything nobody foresaw (exit 1)."""
+    if isinstance(error, typer.BadParameter.__mro__[1]):  # UsageError, which Typer does not export
+        command = getattr(getattr(error, "ctx", None), "command_path", "recur")
+        message = str(getattr(error, "message", error)) or "A command is expected."
+        if hasattr(error, "format_message"):
+            message = error.format_message() or message
+        _fail(state, error, 2, message, f"See {command} --help.")
+        return 2
+    hint = "" if state.verbose > 1 else "-vv shows where."
+    _fail(state, error, 1, f"{type(error).__name__}: {error}", hint)
+    return 1
 
 
 def _fail(state: State, error: BaseException, code: int, message: str, hint: str) -> None:
@@ -400,7 +400,7 @@ def fetch(
     results = []
     for name in sources:
         if name in ("bybit", "sandbox"):
-            done = _fetch_venue(state, config, name, span, dry_run)
+            done = _fetch_venue(state, config, name, span, days, dry_run)
         elif dry_run:
             done = {"file": name, "windows": 0, "requests": 0}
         else:
@@ -417,24 +417,43 @@ def fetch(
 
 
 def _fetch_venue(
-    state: State, config: Config, source: str, span: tuple[int | None, int | None], dry_run: bool
+    state: State,
+    config: Config,
+    source: str,
+    span: tuple[int | None, int | None],
+    days: int | None,
+    dry_run: bool,
 ) -> dict[str, Any]:
     from recur.connectors.bybit import BybitConnector
-    from recur.pipeline.fetch import FetchRequest, plan_fetch, run_fetch
+    from recur.pipeline.fetch import run_fetch
+    from recur.pipeline.plan import FetchRequest, plan_fetch
 
     url = config.fetch.base_url or (f"http://127.0.0.1:{SANDBOX_PORT}" if source == "sandbox" else None)
     connector = BybitConnector(url, workers=config.fetch.workers)
+    store = state.store(config)
+    if span[0] is None and days is None and not _all_recorded(store, config):
+        days = config.fetch.days
     request = FetchRequest(
         symbols=config.market.symbols, category=config.market.category, interval=config.market.interval,
-        kinds=config.fetch.kinds, since_ms=span[0], until_ms=span[1],
-        days=config.fetch.days if span[0] is None else None, workers=config.fetch.workers, dry_run=dry_run,
+        kinds=config.fetch.kinds, since_ms=span[0], until_ms=span[1], days=days,
+        workers=config.fetch.workers, dry_run=dry_run, source=source,
     )  # fmt: skip
-    store = state.store(config)
     plan = plan_fetch(store, connector, request)
     if dry_run:
         return dict(plan.as_dict())
     with _progress(state, "fetching") as on_progress:
         return dict(run_fetch(store, connector, plan, on_progress).as_dict())
+
+
+def _all_recorded(store: Store, config: Config) -> bool:
+    """Whether every series of the configuration was fetched before: then fetching just goes on."""
+    category, interval = config.market.category, config.market.interval
+    kinds = {kind: "trade" if kind == "candles" else kind for kind in config.fetch.kinds}.values()
+    return store.path.exists() and all(
+        store.windows(Series(category, symbol, "" if kind == "funding" else interval, kind))
+        for symbol in config.market.symbols
+        for kind in kinds
+    )
 
 
 @app.command()
@@ -888,13 +907,6 @@ def _venue(base_url: str) -> str:
     if not base_url and abs(drift_s) > 5:
         raise RecurError(f"this clock is {-drift_s:+.1f} s off the venue's.", "Set the clock (NTP).")
     return f"answers in {after - before} ms, its clock is {drift_s:+.1f} s from this one"
-
-
-@app.command("config")
-def show_config(ctx: typer.Context) -> None:
-    """Print the resolved settings as TOML."""
-    config = ctx.obj.config()
-    ctx.obj.result({"config": dump_toml(config)}, lambda: print(dump_toml(config), end=""))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from recur.pipeline.dataset import RawSeries, Split, arrays, make_split
 from recur.pipeline.fit import choose_device
 from recur.pipeline.inference import Forecast, forecast
 from recur.pipeline.load import data_end_ms, open_store, pool_series, snapshot, stored_series
+from recur.pipeline.report import write_report
 from recur.pipeline.rows import forecast_rows
 from recur.pipeline.train import fit_fold, gap_ms
 from recur.pipeline.verdict import judge
@@ -110,13 +111,12 @@ def run_backtest(home: Path, config: Config, *, run: str | None, progress: bool)
     positions: dict[str, list[Forecast]] = {}
     summaries = []
     for number, split in enumerate(splits):
-        sub = RunFolder(home, folder.run_id)
-        sub.path = folder.path / "folds" / str(number + 1)
+        part = folder.part(f"folds/{number + 1}")
         if trained:
             made, data = trained, arrays(own, trained.transform)
             summaries.append({"reused": run})
         else:
-            made, data, summary = fit_fold(series, split, config, sub, progress=progress)
+            made, data, summary = fit_fold(series, split, config, part, progress=progress)
             summaries.append(summary)
         forecasts = forecast(
             made.net,
@@ -161,8 +161,6 @@ def run_backtest(home: Path, config: Config, *, run: str | None, progress: bool)
     folder.write_json("metrics.json", metrics)
     manifest |= {"status": COMPLETE, "wall_s": round(time.monotonic() - started, 3)}
     folder.write_json("manifest.json", manifest)
-    from recur.pipeline.report import write_report
-
     write_report(folder)
     return metrics
 
@@ -300,20 +298,19 @@ def _trade(
 
 
 def _differences(rows: Sequence[Rows], horizons: Sequence[int]) -> pl.DataFrame:
-    """Cumulative CRPS difference to EWMA over time, per horizon (positive: ours is better)."""
+    """Cumulative CRPS, ours minus EWMA, over time and per horizon (falling: ours is better)."""
     frames = []
     for r, h in zip(rows, horizons, strict=True):
         cutoff, y = np.concatenate(r.cutoff_ms), np.concatenate(r.y)
-        gain = score.crps(y, np.concatenate(r.base_quantiles["ewma"])) - score.crps(
-            y, np.concatenate(r.quantiles)
-        )
+        ours = score.crps(y, np.concatenate(r.quantiles))
+        excess = ours - score.crps(y, np.concatenate(r.base_quantiles["ewma"]))
         times = np.unique(cutoff)
         frames.append(
             pl.DataFrame(
                 {
                     "time": pl.Series(times).cast(pl.Datetime("ms", "UTC")),
                     "horizon": pl.Series([h] * len(times), dtype=pl.Int32),
-                    "ewma": score.by_cutoff(cutoff, gain).cumsum(),
+                    "ewma": score.by_cutoff(cutoff, excess).cumsum(),
                 }
             )
         )

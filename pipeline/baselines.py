@@ -22,11 +22,13 @@ from scipy.signal import lfilter
 from recur.pipeline.dataset import SeriesArrays, label_mask
 from recur.pipeline.features import VARIANCE_FLOOR
 from recur.pipeline.metrics import LEVELS
-from recur.vocabulary import DAY_MS
+from recur.vocabulary import DAY_MS, DataMissing
 
 Floats = NDArray[np.float64]
 LAMBDAS = (0.9, 0.94, 0.96, 0.97, 0.98, 0.99, 0.995)
 HAR_WINDOWS = (1, 6, 24, 168, 720)
+HAR_LEAST = 48
+"""Bars that the longest windows of ``har`` need: daily and weekly markets have few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +84,25 @@ def fit_random_walk(train: Sequence[SeriesArrays], horizons: Sequence[int], unti
                     .fill_null(np.nan)
                     .to_numpy()
                 )
-            vol[:, i] = (size**2).rolling_mean(window, min_samples=least).sqrt().fill_null(np.nan).to_numpy()
+            # A running mean that falls back to zero can end a rounding error below it.
+            mean = (size**2).rolling_mean(window, min_samples=least).clip(0)
+            vol[:, i] = mean.sqrt().fill_null(np.nan).to_numpy()
         return BaselineForecast(symmetric_quantiles(q), np.maximum(vol, np.sqrt(VARIANCE_FLOOR)))
 
     return forecast
 
 
 def _residual_law(residuals: list[Floats]) -> tuple[Floats, float]:
-    """Quantiles of |standardised residual| at ``_ABS_LEVELS`` and its root mean square."""
+    """Quantiles of |standardised residual| at ``_ABS_LEVELS`` and its root mean square.
+
+    Raises DataMissing when there is no residual at all.
+    """
     z = np.concatenate(residuals)
+    if not len(z):
+        raise DataMissing(
+            "The training span holds no complete label to fit a baseline on.",
+            "Fetch a longer history, or choose shorter horizons.",
+        )
     return np.quantile(np.abs(z), _ABS_LEVELS), float(np.sqrt(np.mean(z**2)))
 
 
@@ -115,7 +127,7 @@ def fit_ewma(train: Sequence[SeriesArrays], horizons: Sequence[int], until_ms: i
                     scaled = np.abs(y)[:, None] - sigma[:, None] * law
                     total += float(
                         np.mean(np.maximum(_ABS_LEVELS * scaled, (_ABS_LEVELS - 1) * scaled))
-                        / np.mean(np.abs(y))
+                        / max(np.mean(np.abs(y)), 1e-12)  # a series that never moved says nothing
                     )
             if best is None or total < best[0]:
                 best = (total, decay, law, rms)
@@ -128,7 +140,7 @@ def fit_ewma(train: Sequence[SeriesArrays], horizons: Sequence[int], until_ms: i
         for i, h in enumerate(horizons):
             decay, law, rms = chosen[i]
             sigma = np.sqrt(ewma_variance(series.r, decay) * h)
-            q[:, i], vol[:, i] = sigma[:, None] * law, sigma * rms
+            q[:, i], vol[:, i] = sigma[:, None] * law, np.maximum(sigma * rms, np.sqrt(VARIANCE_FLOOR))
         return BaselineForecast(symmetric_quantiles(q), vol)
 
     return forecast
@@ -139,7 +151,8 @@ def har_regressors(series: SeriesArrays) -> Floats:
     variance = pl.Series(series.gk / series.season).fill_nan(None)
     columns = [np.ones(len(series.close))]
     for window in HAR_WINDOWS:
-        mean = variance.rolling_mean(window, min_samples=max(1, window // 2)).fill_null(np.nan).to_numpy()
+        least = max(1, min(window // 2, HAR_LEAST))
+        mean = variance.rolling_mean(window, min_samples=least).fill_null(np.nan).to_numpy()
         columns.append(np.log(mean + VARIANCE_FLOOR))
     return np.stack(columns, axis=1)
 
@@ -183,7 +196,7 @@ def fit_har(train: Sequence[SeriesArrays], horizons: Sequence[int], until_ms: in
         for i in range(len(horizons)):
             beta, law, rms = fitted[i]
             sigma = np.sqrt(np.exp(x @ beta) * series.season_ahead[:, i])
-            q[:, i], vol[:, i] = sigma[:, None] * law, sigma * rms
+            q[:, i], vol[:, i] = sigma[:, None] * law, np.maximum(sigma * rms, np.sqrt(VARIANCE_FLOOR))
         return BaselineForecast(symmetric_quantiles(q), vol)
 
     return forecast

@@ -16,7 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from recur.pipeline.features import FeatureTransform
-from recur.vocabulary import INTERVALS, Series, from_ms, grid, next_open
+from recur.vocabulary import INTERVALS, DataMissing, Series, from_ms, grid, iso, next_open
 
 Floats = NDArray[np.float64]
 
@@ -157,6 +157,11 @@ def fit_transform(
         for s in series
     ]
     past = [s for s in past if s.frame.height]
+    if not past:
+        raise DataMissing(
+            f"No bar was closed by the end of the training span, {iso(until_ms)}: nothing is left to train on.",
+            "Fetch a longer history ('recur fetch --days'), or lower train.val_days.",
+        )
     transform = FeatureTransform(interval=interval, horizons=horizons, has_fine=has_fine)
     transform.fit_season([s.frame for s in past])
     lead = leads(past)
@@ -213,8 +218,6 @@ class Split:
     test_until_ms: int
 
     def as_dict(self) -> dict[str, str]:
-        from recur.vocabulary import iso
-
         return {name.removesuffix("_ms"): iso(getattr(self, name)) for name in self.__slots__}
 
 

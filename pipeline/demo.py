@@ -139,7 +139,9 @@ def _law(
     """Quantiles of |return| / oracle volatility over the training span, all series pooled."""
     residuals: list[np.ndarray[Any, np.dtype[np.float64]]] = []
     for symbol in config.market.symbols:
-        bars = store.candles(config.market.category, [symbol], config.market.interval, until_ms=until_ms - step)
+        bars = store.candles(
+            config.market.category, [symbol], config.market.interval, until_ms=until_ms - step
+        )
         close = np.log(bars["close"].to_numpy())
         cutoffs = bars["open_time"].dt.epoch("ms").to_numpy()[:-h] + step
         sigma = np.sqrt(market.expected_variance(symbol, cutoffs, h * step))

@@ -30,7 +30,7 @@ OURS, OTHER, THIRD = "#010104", "#010105", "#010106"
 _VARIABLES = {INK: "ink", SOFT: "soft", GRID: "grid", OURS: "ours", OTHER: "other", THIRD: "third"}
 _RC = {
     "svg.fonttype": "none", "svg.hashsalt": "recur", "text.parse_math": False, "font.size": 9.0,
-    "text.color": INK, "axes.labelcolor": SOFT, "axes.edgecolor": GRID, "axes.titlecolor": INK,
+    "figure.facecolor": "none", "axes.facecolor": "none", "text.color": INK, "axes.labelcolor": SOFT, "axes.edgecolor": GRID, "axes.titlecolor": INK,
     "xtick.color": SOFT, "ytick.color": SOFT, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True,
     "axes.titlesize": 10.0, "axes.titlelocation": "left", "legend.frameon": False, "legend.fontsize": 8.5,
@@ -97,8 +97,8 @@ def _render(width: float, height: float, label: str, draw: Callable[[Any], None]
 def _inline(svg: str, label: str) -> str:
     """The bare ``<svg>`` element: no metadata, no foreign links, ids that cannot meet another picture's."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, count=1, flags=re.S)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, count=1, flags=re.DOTALL)
     prefix = re.sub(r"[^a-z0-9]+", "-", label.lower()) + f"-{_checksum(label)}-"
 
     def mend(match: re.Match[str]) -> str:

@@ -191,6 +191,7 @@ class Progress:
     """What a resumed run must know; saved in the header of ``state.safetensors``."""
 
     epoch: int = 0
+    step: int = 0
     best: float = math.inf
     best_epoch: int = -1
     waited: int = 0
@@ -204,8 +205,11 @@ class EpochKeeper(Callback):
         self.path, self.config, self.windows, self.progress = path, config, windows, progress
         self.best: dict[str, Tensor] = {}
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        torch.manual_seed(self.config.seed * 1_000_003 + self.progress.epoch)
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:  # by now the loaders have drawn what they draw from the global generator
+            torch.manual_seed(self.config.seed * 1_000_003 + self.progress.epoch)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, ForecasterModule)
@@ -218,6 +222,7 @@ class EpochKeeper(Callback):
         else:
             p.waited += 1
         p.epoch += 1
+        p.step = pl_module.first_step + trainer.global_step
         self.windows.epoch = p.epoch
         save_state(self.path, pl_module.net, self.best, trainer.optimizers[0], p)
         if p.waited >= self.config.patience:
@@ -233,7 +238,7 @@ def save_state(
     for index, slots in optimizer.state_dict()["state"].items():
         for name, value in slots.items():
             tensors[f"opt.{index}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous().clone()
-    header = {k: getattr(progress, k) for k in ("epoch", "best", "best_epoch", "waited", "history")}
+    header = {k: getattr(progress, k) for k in ("epoch", "step", "best", "best_epoch", "waited", "history")}
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata={"progress": json.dumps(header)})
     os.replace(temporary, path)
@@ -241,7 +246,7 @@ def save_state(
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], Progress]:
     """Tensors and progress of :func:`save_state`."""
-    with safe_open(path, framework="pt") as f:  # type: ignore[no-untyped-call]
+    with safe_open(path, framework="pt") as f:
         tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (the file object is not a dict)
         return tensors, Progress(**json.loads(f.metadata()["progress"]))
 
@@ -310,7 +315,7 @@ def fit(
         callbacks.append(_Restore(tensors))
     left = config.epochs - done.epoch
     if left > 0 and done.waited < config.patience:
-        module = ForecasterModule(net, config, steps, first_step=done.epoch * steps)
+        module = ForecasterModule(net, config, steps, first_step=done.step)
         device = choose_device(config.device)
         logs = folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)

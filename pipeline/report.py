@@ -27,6 +27,7 @@ from recur.storage.runs import RunFolder
 MAX_BYTES = 1_500_000
 FAN_CUTOFFS = 72
 _FAN_SERIES = (12, 4, 0)
+_WORDS = {"none": "no skill", "weak": "weak skill", "strong": "strong skill"}
 _MAX_TEXT = 60_000
 _MAX_ROWS = 400
 Json = dict[str, Any]
@@ -103,16 +104,13 @@ def _verdict(metrics: Json) -> str:
     verdict = _dict(metrics.get("verdict"))
     word = str(verdict.get("skill", ""))
     text = str(verdict.get("text") or "The run holds no verdict.")
-    colour = word if word in ("none", "weak", "strong") else "none"
+    colour = word if word in _WORDS else "none"
     tiles = []
     for h, part in _horizons(metrics)[:4]:
         name, best = _strongest(part)
         if name:
-            spread = _interval(best)
-            tiles.append(
-                (_signed(best.get("crps_skill")), f"CRPS skill {spread}, {_ahead(h, metrics)}, against {name}, the "
-                 "strongest baseline there")
-            )  # fmt: skip
+            what = f"CRPS skill {_interval(best)}, {_ahead(h, metrics)}, against {name}, the strongest baseline there"
+            tiles.append((_signed(best.get("crps_skill")), what))
     for h, part in _horizons(metrics)[:1]:
         tiles.append(
             (_percent(part.get("coverage_90")), f"of outcomes inside the 90 % band, {_ahead(h, metrics)}")
@@ -125,7 +123,7 @@ def _verdict(metrics: Json) -> str:
         (_num(metrics.get("n_forecasts"), ",.0f"), f"forecasts of {len(_list(metrics.get('series')))} series")
     )
     return (
-        f'<p class="verdict {colour}"><span>{escape(word) or "no verdict"}</span> {escape(text)}</p>'
+        f'<p class="verdict {colour}"><span>{escape(_WORDS.get(word, word)) or "no verdict"}</span> {escape(text)}</p>'
         f'<div class="tiles">{"".join(f"<div><b>{escape(v)}</b><small>{escape(t)}</small></div>" for v, t in tiles)}'
         "</div>"
     )
@@ -227,7 +225,7 @@ def _calibration(metrics: Json) -> str:
         _figure(
             f'<div class="grid small">{"".join(pictures)}</div>',
             "Share of outcomes below each forecast quantile. On the dashed diagonal a forecast means what it says; a "
-            "line flatter than the diagonal in the middle and steep at the ends comes from bands that are too narrow.",
+            "line that starts above it and ends below it comes from bands that are too narrow.",
         )
         if pictures
         else _absent(
@@ -351,7 +349,7 @@ def _trading(folder: RunFolder, metrics: Json) -> str:
          ["Sharpe ratio of buy and hold", _num(trading.get("buy_hold_sharpe"), ".2f")],
          ["Deflated Sharpe ratio", _num(trading.get("deflated_sharpe"), ".3f")],
          ["Trials counted in deflating", _num(trading.get("n_trials"), ",.0f")],
-         ["Net log return", _signed(trading.get("net_return"))],
+         ["Net return", _percent(trading.get("net_return"))],
          ["Maximum drawdown", _percent(trading.get("max_drawdown"))]],
         f"Sharpe ratios are annualised with 365 days ({_num(trading.get('bars_per_year'), ',.0f')} bars a year). The "
         "deflated ratio is the probability that the true one exceeds what so many trials find by luck.",
@@ -361,7 +359,7 @@ def _trading(folder: RunFolder, metrics: Json) -> str:
         [["Fees", f"{_percent(trading.get('fees'), 2)} at {_num(trading.get('fee_bps'), 'g')} bps per traded value"],
          ["Slippage", f"{_percent(trading.get('slippage'), 2)} at {_num(trading.get('slippage_bps'), 'g')} bps"],
          ["Funding", _percent(trading.get("funding"), 2)],
-         ["Turnover", _num(trading.get("turnover"), ",.2f")],
+         ["Turnover per day", _num(trading.get("turnover"), ",.2f")],
          ["Break-even cost", f"{_num(trading.get('break_even_bps'), '.2f')} bps per traded value"]],
         "Sums over the test time as a share of capital; a positive amount lowers the net return. Above the break-even "
         "cost the simulated trading loses money.",
@@ -374,9 +372,7 @@ def _folds(metrics: Json) -> str:
     if not names:
         return _absent("The bounds of the folds were not recorded.")
     rows = [[str(i + 1), *(fold.get(name, "–") for name in names)] for i, fold in enumerate(folds)]
-    note = (
-        "Each fold is forecast by a model that saw nothing from its test time on. Ranges are half-open, UTC."
-    )
+    note = "Each fold is forecast out of sample, by a model whose training ends before the test begins. UTC."
     return _table(["Fold", *(name.replace("_", " ") for name in names)], rows, note, left=len(names) + 1)
 
 

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from recur.pipeline.inference import Forecast
-from recur.pipeline.metrics import LEVELS
+from recur.pipeline.metrics import LEVELS, pit
 from recur.vocabulary import INTERVALS, iso, next_open, to_ms
 
 QUANTILE_NAMES = tuple(f"q{round(100 * level):02d}" for level in LEVELS)
+
+SCHEMA = {
+    "unique_id": pl.String,
+    "cutoff": pl.Datetime("ms", "UTC"),
+    "ds": pl.Datetime("ms", "UTC"),
+    "horizon": pl.Int32,
+    "model": pl.String,
+    "run_id": pl.String,
+    **dict.fromkeys((*QUANTILE_NAMES, "mean", "prob_up", "vol", "close", "actual"), pl.Float64),
+}
 
 
 def _ds(cutoff_ms: np.ndarray[Any, np.dtype[np.int64]], horizon: int, interval: str) -> list[int]:
@@ -36,7 +48,7 @@ def forecast_rows(
     ``prob_up`` is the share of the quantile grid's law above zero: one half for a law symmetric about zero.
     """
     time = pl.Datetime("ms", "UTC")
-    frames = []
+    frames = [pl.DataFrame(schema=SCHEMA)]
     for f in forecasts:
         cutoff = f.series.close_ms[f.index]
         for i, h in enumerate(horizons):
@@ -57,25 +69,24 @@ def forecast_rows(
                         "vol": f.vol[:, i],
                         "close": f.series.close[f.index],
                         "actual": pl.Series(actual, nan_to_null=True),
-                    }
+                    },
+                    schema=SCHEMA,
                 )
             )
-    return pl.concat(frames) if frames else pl.DataFrame()
+    return pl.concat(frames)
 
 
 def prob_up(quantiles: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """(N,) 1 − F(0), linear between quantiles and held at 2.5 % and 97.5 % outside them."""
-    levels = np.concatenate([[0.025], LEVELS, [0.975]])
-    out = np.empty(len(quantiles))
-    for row, q in enumerate(quantiles):
-        padded = np.concatenate([[q[0] - 1e-12], q, [q[-1] + 1e-12]])
-        out[row] = 1 - np.interp(0.0, padded, levels)
-    return out
+    return 1 - pit(np.zeros(len(quantiles)), quantiles)
 
 
 def json_rows(frame: pl.DataFrame) -> list[dict[str, Any]]:
     """Rows with times as ISO-8601 and NaN as null."""
-    out = []
-    for row in frame.iter_rows(named=True):
-        out.append({k: iso(to_ms(v)) if hasattr(v, "isoformat") else v for k, v in row.items()})
-    return out
+    return [{k: _plain(v) for k, v in row.items()} for row in frame.iter_rows(named=True)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return iso(to_ms(value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value

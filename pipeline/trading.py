@@ -3,7 +3,7 @@
 At each cutoff the position of a series is ``clip(10 · mean / vol, −1, 1)`` at the trading horizon; it is filled at
 the **next** bar's open, pays taker fee and slippage on every change, and pays or receives funding at each
 settlement that it is held over. Series have equal weight and no leverage. Where the next bar is missing nothing is
-filled and the old position stays.
+filled and the old position stays. A book that loses everything in one bar is left with a trillionth.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from scipy import stats
 
 Floats = NDArray[np.float64]
 GAIN = 10.0
+RUIN = 1e-12 - 1
+"""Smallest return of one bar: below −1 an equity curve has no logarithm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +54,10 @@ def run_leg(leg: Leg, fee_bps: float, slippage_bps: float) -> LegResult:
     n = len(leg.open)
     wish = np.full(n, np.nan)
     wish[leg.index] = np.clip(GAIN * leg.mean / leg.vol, -1, 1)
-    first = int(leg.index[0]) + 1  # the first bar at whose open something can be filled
-    last = min(int(leg.index[-1]) + 1, n - 2)
-    rows = np.arange(first, last + 1)
+    rows = np.arange(0)
+    if len(leg.index):
+        first = int(leg.index[0]) + 1  # the first bar at whose open something can be filled
+        rows = np.arange(first, min(int(leg.index[-1]) + 1, n - 2) + 1)
     if not len(rows):
         empty = np.zeros(0)
         return LegResult(leg.open_ms[:0], empty, empty, empty, empty, empty, empty)
@@ -89,7 +92,8 @@ def simulate(
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Equal-weight portfolio of all legs: the ``trading`` block of the metrics, and the equity curves.
 
-    Ratios are None where the book never traded or the span is too short. Annualised with 365 days.
+    Ratios are None where the book never traded or the span is too short. Annualised with 365 days. ``turnover`` is
+    a day's traded value over capital, ``break_even_bps`` the fee and slippage together at which nothing is left.
     """
     results = [run_leg(leg, fee_bps, slippage_bps) for leg in legs]
     times = np.unique(np.concatenate([r.open_ms for r in results]))
@@ -101,7 +105,7 @@ def simulate(
             book[name][at] += getattr(r, name) / len(legs)
     net = book["gross"] - book["fee"] - book["slippage"] - book["funding"]
     curves = {
-        name: np.log1p(v).cumsum()
+        name: np.log1p(np.maximum(v, RUIN)).cumsum()
         for name, v in (("net", net), ("gross", book["gross"]), ("buy_hold", book["hold"]))
     }
     traded = float(book["traded"].sum())
@@ -117,7 +121,7 @@ def simulate(
         "fees": float(book["fee"].sum()),
         "slippage": float(book["slippage"].sum()),
         "funding": float(book["funding"].sum()),
-        "break_even_bps": float(book["gross"].sum() / traded * 1e4) if active else None,
+        "break_even_bps": float((book["gross"] - book["funding"]).sum() / traded * 1e4) if active else None,
         "deflated_sharpe": deflated_sharpe(net, n_trials) if active else None,
         "n_trials": n_trials,
         "buy_hold_sharpe": sharpe(book["hold"], bars_per_year) if len(times) > 30 else None,

@@ -1,6 +1,7 @@
 """The verdict on a backtest: one word and one paragraph, from its metrics alone.
 
-A horizon *beats* a baseline when its CRPS skill is positive and the Diebold–Mariano test rejects equality at 5 %.
+A horizon *beats* a baseline when its CRPS skill is positive and the Diebold–Mariano test rejects equality at 5 %
+in our favour.
 ``strong``: every horizon beats every baseline. ``weak``: some horizon beats both ``random_walk`` and ``ewma``.
 ``none``: otherwise.
 """
@@ -14,7 +15,8 @@ ALPHA = 0.05
 
 def beats(score: dict[str, Any]) -> bool:
     p = score.get("dm_p")
-    return p is not None and p < ALPHA and score["crps_skill"] > 0
+    # Skill is a mean over rows, the test one over instants: with unequal series they can disagree in sign.
+    return p is not None and p < ALPHA and score["crps_skill"] > 0 and score["dm_stat"] < 0
 
 
 def judge(metrics: dict[str, Any]) -> dict[str, str]:
@@ -45,8 +47,10 @@ def _sentences(metrics: dict[str, Any], skill: str) -> str:
             f" 90 % band holds {100 * f['coverage_90']:.1f} %"
         )
     t = metrics["trading"]
-    if t.get("net_sharpe") is None:
+    if not t.get("turnover"):
         money = "The forecast takes no view on direction, so nothing was traded."
+    elif t.get("net_sharpe") is None:
+        money = "Too few bars were traded to judge its direction."
     elif t["net_sharpe"] > 0 and (t.get("deflated_sharpe") or 0) > 0.95:
         money = f"Trading its direction earned a net Sharpe of {t['net_sharpe']:.2f} after costs."
     else:

@@ -51,6 +51,12 @@ class RunFolder:
         self.run_id = run_id
         self.path = Path(home) / "runs" / run_id
 
+    def part(self, name: str) -> RunFolder:
+        """A folder inside this one with the same file names: one fold of a backtest."""
+        inner = RunFolder(self.path, self.run_id)
+        inner.path = self.path / name
+        return inner
+
     @property
     def manifest(self) -> Path:
         return self.path / "manifest.json"

@@ -140,7 +140,7 @@ def test_the_page_is_well_formed_and_every_id_is_used_once(page: str) -> None:
 
 
 def test_the_pictures_take_their_colours_from_the_page_so_that_dark_pages_are_legible(page: str) -> None:
-    pictures = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.S))
+    pictures = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
     assert re.findall(r"(?:fill|stroke): #[0-9a-f]+", pictures) == []
     assert "var(--ours)" in pictures
     assert "prefers-color-scheme:dark" in page

@@ -1,0 +1,267 @@
+"""Training, resuming, judging and predicting end to end on small real runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from recur.pipeline.backtest import run_backtest
+from recur.pipeline.config import Config, dump_toml
+from recur.pipeline.predict import predict
+from recur.pipeline.train import train_price
+from recur.storage.runs import RunFolder, list_runs
+from recur.storage.store import Store
+from recur.vocabulary import DataMissing, UsageError, iso, parse_time
+from tests.market import candles, funding_frame
+
+START = parse_time("2025-01-01")
+SYMBOLS = ("BTCUSDT", "ETHUSDT")
+
+
+def small() -> Config:
+    config = Config()
+    return replace(
+        config,
+        market=replace(config.market, symbols=SYMBOLS),
+        model=replace(config.model, hidden=8),
+        train=replace(config.train, epochs=3, window=96, burn_in=24, batch=8, val_days=10, device="cpu"),
+        backtest=replace(config.backtest, folds=2, test_days=20),
+    )
+
+
+def fill(home: Path, bars: int = 2400) -> None:
+    store = Store(home)
+    for k, symbol in enumerate(SYMBOLS):
+        store.put_candles(candles(symbol, START, bars, seed=k), source="test", now_ms=START)
+    store.put_funding(funding_frame("BTCUSDT", START, 300), source="test", now_ms=START)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("home")
+    fill(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(home: Path) -> dict[str, Any]:
+    return train_price(home, small(), resume=None, progress=False)
+
+
+def test_a_training_run_leaves_weights_spec_logs_and_a_complete_manifest(
+    home: Path, trained: dict[str, Any]
+) -> None:
+    folder = RunFolder(home, trained["run_id"])
+    assert folder.status() == "complete"
+    assert len(trained["val_pinball"]) == 3
+    assert set(load_file(folder.weights)) >= {"head.weight", "core.rnn.weight_hh_l0", "embedding.weight"}
+    assert {f.name for f in folder.path.iterdir()} == {
+        "config.toml", "features.json", "logs", "manifest.json", "metrics.json", "model.json", "model.safetensors",
+    }  # fmt: skip
+    assert list(folder.logs.rglob("metrics.csv"))
+    assert list(folder.logs.rglob("events.out.tfevents*"))
+    assert not [f for f in folder.path.rglob("*") if f.suffix in (".pkl", ".ckpt", ".pt")]
+
+
+def test_the_same_seed_gives_the_same_weights(home: Path, trained: dict[str, Any]) -> None:
+    again = train_price(home, small(), resume=None, progress=False)
+    assert again["val_pinball"] == trained["val_pinball"]
+    a, b = (load_file(RunFolder(home, r["run_id"]).weights) for r in (trained, again))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_training_killed_after_an_epoch_resumes_and_ends_as_an_undisturbed_one(
+    tmp_path: Path, trained: dict[str, Any], home: Path
+) -> None:
+    fill(tmp_path)
+    (tmp_path / "recur.toml").write_text(dump_toml(small()))
+    script = (
+        "from pathlib import Path; from recur.pipeline.config import load_config;"
+        "from recur.pipeline.train import train_price;"
+        f"train_price(Path({str(tmp_path)!r}), load_config([Path({str(tmp_path / 'recur.toml')!r})], [], {{}})[0],"
+        "resume=None, progress=False)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 90
+    while not list(tmp_path.glob("runs/*/state.safetensors")):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    (run,) = list_runs(tmp_path)
+    assert run.status() == "running"
+    with pytest.raises(DataMissing):
+        predict(tmp_path, small(), run=run.run_id, as_of_ms=None)
+    resumed = train_price(tmp_path, small(), resume="last", progress=False)
+    assert resumed["run_id"] == run.run_id
+    assert run.status() == "complete"
+    assert resumed["val_pinball"] == pytest.approx(trained["val_pinball"], rel=1e-6)
+    a, b = load_file(run.weights), load_file(RunFolder(home, trained["run_id"]).weights)
+    assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+
+
+def test_resuming_with_other_features_is_refused(home: Path, trained: dict[str, Any]) -> None:
+    other = replace(small(), train=replace(small().train, horizons=(1, 12, 24)))
+    with pytest.raises(UsageError, match="season_12"):
+        train_price(home, other, resume=trained["run_id"], progress=False)
+
+
+def test_resuming_a_run_that_is_not_there_is_refused(home: Path) -> None:
+    with pytest.raises(UsageError, match="no training run"):
+        train_price(home, small(), resume="train-gru-nothing", progress=False)
+
+
+def test_training_without_data_says_what_to_fetch(tmp_path: Path) -> None:
+    with pytest.raises(DataMissing):
+        train_price(tmp_path, small(), resume=None, progress=False)
+    fill(tmp_path)
+    unknown = replace(small(), market=replace(small().market, symbols=("BTCUSDT", "ETHUSD")))
+    with pytest.raises(DataMissing, match="Did you mean 'ETHUSDT'"):
+        train_price(tmp_path, unknown, resume=None, progress=False)
+
+
+def test_training_on_too_short_a_history_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path, bars=200)
+    with pytest.raises(DataMissing, match="nothing is left to train on"):
+        train_price(tmp_path, small(), resume=None, progress=False)
+
+
+def test_nothing_after_the_training_span_changes_the_weights(
+    home: Path, tmp_path: Path, trained: dict[str, Any]
+) -> None:
+    """Poisoned later bars leave the fitted network bit-identical (labels, scaler, season, early stopping)."""
+    until = parse_time("2025-03-20")
+    config = replace(small(), train=replace(small().train, until=iso(until)))
+    clean = train_price(home, config, resume=None, progress=False)
+    store = Store(tmp_path)
+    for k, symbol in enumerate(SYMBOLS):
+        frame = candles(symbol, START, 2400, seed=k)
+        late = pl.col("open_time").dt.epoch("ms") >= until
+        frame = frame.with_columns(
+            *(
+                pl.when(late).then(pl.col(c) * 9).otherwise(pl.col(c)).alias(c)
+                for c in ("open", "high", "low", "close")
+            )
+        )
+        store.put_candles(frame, source="test", now_ms=START)
+    store.put_funding(funding_frame("BTCUSDT", START, 300), source="test", now_ms=START)
+    poisoned = train_price(tmp_path, config, resume=None, progress=False)
+    a = load_file(RunFolder(home, clean["run_id"]).weights)
+    b = load_file(RunFolder(tmp_path, poisoned["run_id"]).weights)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_forecast_is_appended_once_and_says_what_it_knew(home: Path, trained: dict[str, Any]) -> None:
+    first = predict(home, small(), run=trained["run_id"], as_of_ms=None)
+    assert first["appended"] == 6
+    rows = first["forecasts"]
+    assert [(r["unique_id"], r["horizon"]) for r in rows] == [
+        (f"bybit:linear:{s}:1h", h) for s in SYMBOLS for h in (1, 6, 24)
+    ]
+    assert rows[0]["cutoff"] == "2025-04-11T00:00:00Z"
+    assert rows[1]["ds"] == "2025-04-11T06:00:00Z"
+    assert rows[0]["late"] is True
+    assert rows[0]["known_at"] == "2025-01-01T00:00:00Z"
+    assert rows[0]["q05"] < rows[0]["q50"] < rows[0]["q95"]
+    assert predict(home, small(), run=trained["run_id"], as_of_ms=None)["appended"] == 0
+    assert Store(home).forecasts().height == 6
+
+
+def test_a_forecast_as_of_an_earlier_time_uses_no_later_bar(home: Path, trained: dict[str, Any]) -> None:
+    as_of = parse_time("2025-04-01T12:30")
+    rows = predict(home, small(), run=trained["run_id"], as_of_ms=as_of)["forecasts"]
+    assert rows[0]["cutoff"] == "2025-04-01T12:00:00Z"
+
+
+@pytest.fixture(scope="module")
+def judged(home: Path) -> dict[str, Any]:
+    return run_backtest(home, small(), run=None, progress=False)
+
+
+def test_a_backtest_scores_every_forecaster_on_the_same_rows(home: Path, judged: dict[str, Any]) -> None:
+    assert set(judged["forecast"]) == {"1", "6", "24"}
+    f = judged["forecast"]["1"]
+    assert f["n"] == 2 * 20 * 24  # the last cutoff is a close with nothing after it, the first one counts
+    assert set(f["baselines"]) == {"random_walk", "ewma", "har"}
+    for b in f["baselines"].values():
+        assert b["crps_skill"] == pytest.approx(1 - f["crps"] / b["crps"], abs=1e-12)
+        assert b["crps_skill_low"] < b["crps_skill"] < b["crps_skill_high"]
+    assert f["pinball"] == pytest.approx(f["crps"] / 2)
+    assert 0.7 < f["coverage_90"] < 1
+    assert judged["verdict"]["skill"] in ("none", "weak", "strong")
+    assert len(judged["folds"]) == 2
+    stored = json.loads(RunFolder(home, judged["run_id"]).metrics.read_text())
+    assert stored == json.loads(json.dumps(judged))
+
+
+def test_the_predictions_of_a_backtest_are_long_rows_with_their_outcomes(
+    home: Path, judged: dict[str, Any]
+) -> None:
+    rows = pl.read_parquet(RunFolder(home, judged["run_id"]).predictions)
+    assert rows.height == judged["n_forecasts"]
+    assert rows.select("unique_id", "cutoff", "horizon").is_duplicated().sum() == 0
+    one = rows.filter((pl.col("unique_id") == "bybit:linear:BTCUSDT:1h") & (pl.col("horizon") == 6))
+    close = (
+        Store(home)
+        .candles(symbols=["BTCUSDT"])
+        .select(
+            (pl.col("open_time") + pl.duration(hours=1)).alias("ds"), pl.col("close").log().alias("log_close")
+        )
+    )
+    joined = one.join(close, on="ds", how="left").filter(pl.col("actual").is_not_null())
+    np.testing.assert_allclose(
+        joined["actual"].to_numpy(),
+        joined["log_close"].to_numpy() - np.log(joined["close"].to_numpy()),
+        atol=1e-12,
+    )
+
+
+def test_a_run_that_has_seen_the_test_span_cannot_be_judged_on_it(
+    home: Path, trained: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match="would mean nothing"):
+        run_backtest(home, small(), run=trained["run_id"], progress=False)
+
+
+def test_a_trained_run_is_judged_on_what_came_after_it(home: Path) -> None:
+    earlier = replace(small(), train=replace(small().train, until="2025-03-20"))
+    run = train_price(home, earlier, resume=None, progress=False)["run_id"]
+    config = replace(small(), backtest=replace(small().backtest, test_since="2025-03-20", folds=1))
+    metrics = run_backtest(home, config, run=run, progress=False)
+    assert metrics["folds"][0]["reused"] == run
+
+
+def test_a_forecast_for_now_equals_the_backtests_row_for_that_bar(home: Path) -> None:
+    """Serving from a short history gives what the backtest gave from the long one, with the same weights."""
+    earlier = replace(small(), train=replace(small().train, until="2025-03-20"))
+    run = train_price(home, earlier, resume=None, progress=False)["run_id"]
+    config = replace(small(), backtest=replace(small().backtest, test_since="2025-03-20", folds=1))
+    folder = RunFolder(home, run_backtest(home, config, run=run, progress=False)["run_id"])
+    at = parse_time("2025-04-05T09:00")
+    backtested = pl.read_parquet(folder.predictions).filter(pl.col("cutoff").dt.epoch("ms") == at)
+    served = predict(home, small(), run=run, as_of_ms=at)["forecasts"]
+    for row in served:
+        same = backtested.filter(
+            (pl.col("unique_id") == row["unique_id"]) & (pl.col("horizon") == row["horizon"])
+        )
+        assert same["q95"][0] == pytest.approx(row["q95"], rel=2e-3)
+        assert same["vol"][0] == pytest.approx(row["vol"], rel=2e-3)
+
+
+def test_a_test_span_after_the_data_is_refused(home: Path) -> None:
+    config = replace(small(), backtest=replace(small().backtest, test_since="2030-01-01"))
+    with pytest.raises(UsageError, match="test span .* is empty"):
+        run_backtest(home, config, run=None, progress=False)
