@@ -296,21 +296,56 @@ def _progress(state: State, what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def _percent(value: float | None, digits: int = 2, sign: str = "+") -> str:
+    return "–" if value is None else f"{100 * value:{sign}.{digits}f} %"
+
+
+def _p_value(p: float | None) -> str:
+    return "" if p is None else " (p < .001)" if p < 0.001 else f" (p {p:.3f})"
+
+
 def _say_metrics(metrics: Mapping[str, Any]) -> None:
-    forecast = metrics.get("forecast") or {}
-    names = list(dict.fromkeys(name for block in forecast.values() for name in block.get("baselines", {})))
-    own = ("crps", "coverage_50", "coverage_90", "qlike", "ic", "auc")
+    """The skill table of a backtest, or the validation losses of a training run."""
+    forecast, oracle = metrics.get("forecast"), metrics.get("oracle", {})
+    if not forecast:
+        losses = metrics["val_pinball"]
+        _table(
+            "Validation pinball loss, in units of volatility",
+            ["epoch", "loss", "best"],
+            ([k + 1, loss, "*" if k == metrics["best_epoch"] else ""] for k, loss in enumerate(losses)),
+        )
+        _pairs("Run", metrics)
+        return
+    names = list(next(iter(forecast.values()))["baselines"])
     rows = []
     for horizon, block in forecast.items():
-        skills = [block.get("baselines", {}).get(name, {}).get("crps_skill") for name in names]
-        rows.append([horizon, *(block.get(key) for key in own), *skills])
-    if rows:
-        _table(
-            "Forecasts by horizon (bars)", ["horizon", *own, *(f"skill vs {name}" for name in names)], rows
-        )
-    if metrics.get("trading"):
-        _pairs("Simulated trading (annualised over 365 days)", metrics["trading"])
-    _pairs("Run", metrics)
+        skills = [
+            _percent(b["crps_skill"]) + _p_value(b["dm_p"]) for b in (block["baselines"][n] for n in names)
+        ]
+        best = [_percent(oracle[horizon]["crps_skill"])] if oracle else []
+        bands = [_percent(block[f"coverage_{level}"], 1, "") for level in (50, 90)]
+        rows.append([horizon, block["n"], *skills, *best, *bands])
+    attainable = ["attainable vs ewma"] if oracle else []
+    columns = [
+        "horizon",
+        "forecasts",
+        *(f"vs {n}" for n in names),
+        *attainable,
+        "in 50 % band",
+        "in 90 % band",
+    ]
+    _table("CRPS skill out of sample (p: Diebold-Mariano)", columns, rows)
+    trading = metrics["trading"]
+    _table(
+        f"Trading its direction ({trading['fee_bps']} bp fee, {trading['slippage_bps']} bp slippage, 365-day year)",
+        ["gross Sharpe", "net Sharpe", "net return", "max drawdown", "break-even bp", "buy and hold Sharpe"],
+        [
+            [
+                trading["gross_sharpe"], trading["net_sharpe"], _percent(trading["net_return"], 1),
+                _percent(trading["max_drawdown"], 1, ""), trading["break_even_bps"], trading["buy_hold_sharpe"],
+            ]
+        ],
+    )  # fmt: skip
 
 
 # -- options that several commands share ---------------------------------------------------------------------------
@@ -548,6 +583,7 @@ def backtest(
     def people() -> None:
         _say_metrics(metrics)
         print(verdict_text(metrics))
+        print(f"Report: {state.home / 'runs' / metrics['run_id'] / 'report.html'}")
 
     state.result(metrics, people)
     _check_edge(require_edge, [metrics])
@@ -819,10 +855,27 @@ def demo(
 ) -> None:
     """Go the whole path against the sandbox, without network; in a temporary folder unless --home is given."""
     from recur.pipeline.demo import run_demo
+    from recur.pipeline.verdict import verdict_text
 
     state: State = ctx.obj
     found = run_demo(state.home if state.home_given else None, progress=state.progress, quick=quick)
-    state.result(found, lambda: _pairs("Demo", found))
+
+    def people() -> None:
+        _say_metrics(found["backtest"])
+        _say_forecasts("Newest forecasts (log returns)", found["forecasts"])
+        print(verdict_text(found["backtest"]))
+        print(
+            "The market is SIMULATED: its truth is known, and none of this says anything about a real market."
+        )
+        for horizon, best in found["backtest"]["oracle"].items():
+            share = best["share"]
+            print(
+                f"  h={horizon}: {best['text']}" + ("" if share is None else f", {100 * share:.0f} % of it.")
+            )
+        print(f"{found['seconds']['all']:.0f} s. Store and runs: {found['home']}")
+        print(f"Report: {found['report']}")
+
+    state.result(found, people)
 
 
 @app.command()

@@ -83,6 +83,7 @@ def _git() -> str | None:
     try:
         run = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty=+"],
+            check=False,
             capture_output=True,
             text=True,
             timeout=5,

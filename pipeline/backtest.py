@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -226,10 +227,7 @@ def _splits(config: Config, own: Sequence[RawSeries]) -> list[Split]:
             "Choose --test-since before the end of the data, or fetch more.",
         )
     edges = [ceil_open(since + (until - since) * k // b.folds, interval) for k in range(b.folds)] + [until]
-    splits = [
-        make_split(lo, hi, config.train.val_days, gap_ms(config))
-        for lo, hi in zip(edges, edges[1:], strict=False)
-    ]
+    splits = [make_split(lo, hi, config.train.val_days, gap_ms(config)) for lo, hi in pairwise(edges)]
     if splits[0].train_until_ms <= first:
         raise DataMissing(
             f"Nothing is left to train on: the data begin at {iso(first)}, the training span of the first fold would"

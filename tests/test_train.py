@@ -263,5 +263,5 @@ def test_a_forecast_for_now_equals_the_backtests_row_for_that_bar(home: Path) ->
 
 def test_a_test_span_after_the_data_is_refused(home: Path) -> None:
     config = replace(small(), backtest=replace(small().backtest, test_since="2030-01-01"))
-    with pytest.raises(UsageError, match="test span .* is empty"):
+    with pytest.raises(UsageError, match=r"test span .* is empty"):
         run_backtest(home, config, run=None, progress=False)
