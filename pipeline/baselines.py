@@ -44,7 +44,7 @@ Baseline = Callable[[SeriesArrays], BaselineForecast]
 
 def symmetric_quantiles(absolute: Floats) -> Floats:
     """(…, Q) quantiles of a symmetric law from ``absolute`` (…, 9): quantiles of |y| at 10 %, 20 %, …, 90 %."""
-    zero = np.zeros((*absolute.shape[:-1], 1))
+    zero = 0 * absolute[..., :1]  # NaN where there is no law yet
     out: Floats = np.concatenate([-absolute[..., ::-1], zero, absolute], axis=-1)
     return out
 
@@ -182,7 +182,7 @@ def fit_har(train: Sequence[SeriesArrays], horizons: Sequence[int], until_ms: in
             gram += x[keep].T @ x[keep]
             cross += x[keep].T @ y[keep]
             kept.append(keep)
-        beta = np.linalg.lstsq(gram, cross, rcond=None)[0]
+        beta: Floats = np.linalg.lstsq(gram, cross, rcond=None)[0].astype(np.float64)
         residuals = [
             s.target[keep, i] / np.sqrt(np.exp(x[keep] @ beta) * s.season_ahead[keep, i])
             for s, x, keep in zip(train, regressors, kept, strict=True)

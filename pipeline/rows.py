@@ -16,7 +16,7 @@ from recur.vocabulary import INTERVALS, iso, next_open, to_ms
 
 QUANTILE_NAMES = tuple(f"q{round(100 * level):02d}" for level in LEVELS)
 
-SCHEMA = {
+SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
     "unique_id": pl.String,
     "cutoff": pl.Datetime("ms", "UTC"),
     "ds": pl.Datetime("ms", "UTC"),

@@ -170,7 +170,9 @@ def _slow_dm(d: list[float], horizon: int, min_lag: int) -> tuple[float, float]:
 def test_diebold_mariano_equals_a_slow_textbook_loop(n: int, horizon: int, min_lag: int) -> None:
     rng = np.random.default_rng(n)
     d = lfilter([1.0], [1.0, -0.6], rng.normal(0.1, 1, n))
-    assert diebold_mariano(d, horizon, min_lag) == pytest.approx(_slow_dm(d.tolist(), horizon, min_lag), rel=1e-9)
+    assert diebold_mariano(d, horizon, min_lag) == pytest.approx(
+        _slow_dm(d.tolist(), horizon, min_lag), rel=1e-9
+    )
 
 
 @settings(max_examples=40, deadline=None)

@@ -98,7 +98,9 @@ def legs(draw: st.DrawFn) -> Leg:
 
 def _loop(leg: Leg) -> list[tuple[int, float, float, float]]:
     """(open time, gross, traded, funding) of each bar, one at a time."""
-    wish = {int(t): max(-1.0, min(1.0, 10 * m / v)) for t, m, v in zip(leg.index, leg.mean, leg.vol, strict=True)}
+    wish = {
+        int(t): max(-1.0, min(1.0, 10 * m / v)) for t, m, v in zip(leg.index, leg.mean, leg.vol, strict=True)
+    }
     out: list[tuple[int, float, float, float]] = []
     if not wish:
         return out
@@ -134,7 +136,9 @@ def test_a_leg_equals_a_plain_loop_over_its_bars(leg: Leg) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(leg=legs(), data=st.data())
-def test_prices_after_a_bar_leave_its_equity_and_all_before_bit_identical(leg: Leg, data: st.DataObject) -> None:
+def test_prices_after_a_bar_leave_its_equity_and_all_before_bit_identical(
+    leg: Leg, data: st.DataObject
+) -> None:
     if not len(leg.index):
         return
     cut = data.draw(st.integers(int(leg.index[0]) + 1, len(leg.open)))
@@ -191,7 +195,9 @@ def test_at_the_break_even_cost_the_sum_of_net_returns_is_zero() -> None:
 
 
 def test_costs_are_sums_over_the_book() -> None:
-    metrics, _ = simulate([_leg([100] * 6, {t: (-1.0) ** t for t in range(4)}, [(1.5, 0.001)])], 10, 5, 8760, 3)
+    metrics, _ = simulate(
+        [_leg([100] * 6, {t: (-1.0) ** t for t in range(4)}, [(1.5, 0.001)])], 10, 5, 8760, 3
+    )
     assert metrics["fees"] == pytest.approx((1 + 2 + 2 + 2) * 0.001)
     assert metrics["slippage"] == pytest.approx((1 + 2 + 2 + 2) * 0.0005)
     assert metrics["funding"] == pytest.approx(0.001)

@@ -87,4 +87,7 @@ def test_the_text_ends_with_what_trading_was_worth(trading: dict[str, Any], sent
 
 
 def test_the_reader_gets_the_word_in_capitals_before_the_text() -> None:
-    assert verdict_text({"verdict": {"skill": "none", "text": "No reliable skill."}}) == "NONE: No reliable skill."
+    assert (
+        verdict_text({"verdict": {"skill": "none", "text": "No reliable skill."}})
+        == "NONE: No reliable skill."
+    )
