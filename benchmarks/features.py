@@ -125,9 +125,7 @@ def pandas_features(
     return pd.DataFrame(f)
 
 
-def with_pandas(
-    frames: Sequence[pd.DataFrame], lead: int, transform: FeatureTransform
-) -> list[pd.DataFrame]:
+def with_pandas(frames: Sequence[pd.DataFrame], lead: int, transform: FeatureTransform) -> list[pd.DataFrame]:
     """Features of every series; ``lead`` is BTC's place among them, prepared once for all."""
     prepared = [pandas_prepared(f, transform) for f in frames]
     state = pandas_lead(prepared[lead])
@@ -238,7 +236,9 @@ def measure(quick: bool) -> Results:
             "last_mile_goal_ms": wanted_ms,
             "largest_relative_difference": worst,
         }
-        print(f"{title}: all {len(names)} features agree with pandas on the last 2,000 rows, worst {worst:.1e}")
+        print(
+            f"{title}: all {len(names)} features agree with pandas on the last 2,000 rows, worst {worst:.1e}"
+        )
     header = ("", "recur", "pandas", "pandas / recur", "goal")
     show("Whole feature set (medians)", header, whole)
     show("Last mile: the newest bar's features, standardised (medians)", header, mile)

@@ -26,7 +26,9 @@ SPAN = ["--test-since", "2025-07-01", "--test-until", "2026-02-08"]
 
 
 def recur(home: Path, *arguments: str) -> dict[str, Any]:
-    done = subprocess.run([*RECUR, "--home", str(home), "--json", *arguments], stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(
+        [*RECUR, "--home", str(home), "--json", *arguments], stdout=subprocess.PIPE, check=True
+    )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -60,7 +62,7 @@ def main() -> None:
     candles, funding = data / "candles_bybit_perp_1h.parquet", data / "funding_bybit.parquet"
     if not candles.exists():
         sys.exit(f"{candles} is not there: give the folder that holds it.")
-    pool = [data / f for f in ("candles_binance_perp_1h.parquet",)]
+    pool = [data / f for f in ("candles_binance_perp_1h.parquet", "candles_binance_spot_1h.parquet")]
     with tempfile.TemporaryDirectory() as scratch:
         from_files, from_venue = Path(scratch) / "files", Path(scratch) / "venue"
         recur(from_files, "fetch", "--source", str(candles), "--source", str(funding))
@@ -73,7 +75,9 @@ def main() -> None:
         for seed in ("0", "1"):
             started = time.monotonic()
             pools = [part for file in pool for part in ("--pool", str(file))]
-            found = recur(from_files, "backtest", "--model", "gru", "--folds", "1", "--seed", seed, *SPAN, *pools)
+            found = recur(
+                from_files, "backtest", "--model", "gru", "--folds", "1", "--seed", seed, *SPAN, *pools
+            )
             results[seed] = found
             print(f"\nseed {seed}, {time.monotonic() - started:.0f} s: {found['verdict']['skill']}")
             print("| horizon | random_walk | ewma | har | 50 % band | 90 % band | QLIKE vs ewma |")

@@ -136,9 +136,10 @@ def run_backtest(home: Path, config: Config, *, run: str | None, progress: bool)
         long_rows.append(
             forecast_rows(forecasts, horizons, config.market.interval, config.model.name, folder.run_id)
         )
-    if not positions or not any(len(y) for r in rows for y in r.y):
+    bare = [h for h, r in zip(horizons, rows, strict=True) if not any(len(y) for y in r.y)]
+    if bare:
         raise DataMissing(
-            "No bar of the test span has both a forecast and a known outcome.",
+            f"No bar of the test span has both a forecast and a known outcome {bare[0]} bars later.",
             "Fetch more history, or choose an earlier --test-since.",
         )
     predictions = pl.concat(long_rows)
@@ -196,7 +197,7 @@ def judge_horizon(rows: Rows, horizon: int) -> dict[str, Any]:
         low, high = score.skill_interval(ours_t, theirs_t, block=max(24 * 7, 2 * horizon))
         out["baselines"][name] = {
             "crps": float(theirs.mean()),
-            "crps_skill": float(1 - ours.mean() / theirs.mean()),
+            "crps_skill": _skill(ours, theirs),
             "crps_skill_low": low,
             "crps_skill_high": high,
             "qlike": float(theirs_q.mean()),
@@ -206,8 +207,13 @@ def judge_horizon(rows: Rows, horizon: int) -> dict[str, Any]:
         }
         for unique in out["by_series"]:
             mine = series == unique
-            out["by_series"][unique][name] = float(1 - ours[mine].mean() / theirs[mine].mean())
+            out["by_series"][unique][name] = _skill(ours[mine], theirs[mine])
     return out
+
+
+def _skill(ours: Floats, theirs: Floats) -> float | None:
+    """1 − mean(ours)/mean(theirs); None where the baseline made no error at all (a market that does not move)."""
+    return float(1 - ours.mean() / theirs.mean()) if theirs.any() else None
 
 
 def _splits(config: Config, own: Sequence[RawSeries]) -> list[Split]:

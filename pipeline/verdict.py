@@ -16,7 +16,9 @@ ALPHA = 0.05
 def beats(score: dict[str, Any]) -> bool:
     p = score.get("dm_p")
     # Skill is a mean over rows, the test one over instants: with unequal series they can disagree in sign.
-    return p is not None and p < ALPHA and score["crps_skill"] > 0 and score["dm_stat"] < 0
+    if p is None or score["crps_skill"] is None:
+        return False
+    return bool(p < ALPHA and score["crps_skill"] > 0 and score["dm_stat"] < 0)
 
 
 def judge(metrics: dict[str, Any]) -> dict[str, str]:
@@ -42,8 +44,8 @@ def _sentences(metrics: dict[str, Any], skill: str) -> str:
     for h, f in metrics["forecast"].items():
         ewma, har = f["baselines"]["ewma"], f["baselines"]["har"]
         parts.append(
-            f"h={h}: {100 * ewma['crps_skill']:+.2f} % CRPS against EWMA (p {_p(ewma['dm_p'])}),"
-            f" {100 * har['crps_skill']:+.2f} % against HAR (p {_p(har['dm_p'])}),"
+            f"h={h}: {_skill(ewma)} CRPS against EWMA (p {_p(ewma['dm_p'])}),"
+            f" {_skill(har)} against HAR (p {_p(har['dm_p'])}),"
             f" 90 % band holds {100 * f['coverage_90']:.1f} %"
         )
     t = metrics["trading"]
@@ -59,6 +61,11 @@ def _sentences(metrics: dict[str, Any], skill: str) -> str:
             f" break-even at {t['break_even_bps']:.1f} bp per unit traded."
         )
     return f"{lead} (Diebold–Mariano, 5 %). " + "; ".join(parts) + ". " + money
+
+
+def _skill(score: dict[str, Any]) -> str:
+    skill = score["crps_skill"]
+    return "no measurable" if skill is None else f"{100 * skill:+.2f} %"
 
 
 def _p(p: float | None) -> str:

@@ -22,9 +22,10 @@ from recur.pipeline.backtest import run_backtest
 from recur.pipeline.config import Config, dump_toml
 from recur.pipeline.predict import predict
 from recur.pipeline.train import train_price
+from recur.storage.ledger import first_broken
 from recur.storage.runs import RunFolder, list_runs
 from recur.storage.store import Store
-from recur.vocabulary import DataMissing, UsageError, iso, parse_time
+from recur.vocabulary import DataMissing, UsageError, from_ms, iso, parse_time
 from tests.market import candles, funding_frame
 
 START = parse_time("2025-01-01")
@@ -265,3 +266,39 @@ def test_a_test_span_after_the_data_is_refused(home: Path) -> None:
     config = replace(small(), backtest=replace(small().backtest, test_since="2030-01-01"))
     with pytest.raises(UsageError, match=r"test span .* is empty"):
         run_backtest(home, config, run=None, progress=False)
+
+
+def test_a_predict_killed_at_any_moment_leaves_a_ledger_that_a_rerun_completes(
+    tmp_path: Path, home: Path, trained: dict[str, Any]
+) -> None:
+    whole = predict(home, small(), run=trained["run_id"], as_of_ms=parse_time("2025-04-02"))
+    command = [
+        sys.executable, "-m", "recur.cli", "--home", str(home), "--json", "predict", "--run", trained["run_id"],
+        "--as-of", "2025-04-03T05:00Z",
+    ]  # fmt: skip
+    for wait_s in (0.8, 1.6, 2.4):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(wait_s)
+        child.kill()
+        child.wait()
+        assert Store(home).forecasts().filter(
+            pl.col("cutoff") == from_ms(parse_time("2025-04-03T05:00"))
+        ).height in (0, 6)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    entries = Store(home).forecasts()
+    assert entries.filter(pl.col("cutoff") == from_ms(parse_time("2025-04-03T05:00"))).height == 6
+    assert first_broken(entries) is None
+    assert len(whole["forecasts"]) == 6
+
+
+def test_a_market_that_does_not_move_is_trained_judged_and_forecast_without_failing(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for symbol in SYMBOLS:
+        flat = candles(symbol, START, 1500).with_columns(
+            *(pl.lit(100.0).alias(c) for c in ("open", "high", "low", "close")), pl.lit(0.0).alias("volume")
+        )
+        store.put_candles(flat, source="test", now_ms=START)
+    metrics = run_backtest(
+        tmp_path, replace(small(), backtest=replace(small().backtest, folds=1)), run=None, progress=False
+    )
+    assert metrics["verdict"]["skill"] == "none"
