@@ -35,15 +35,16 @@ SANDBOX_PORT = 8899
 INTERRUPTED, NO_EDGE = 130, 5
 
 app = typer.Typer(
+    rich_markup_mode=None,
     name="recur",
     help="Calibrated forecasts for crypto markets, judged honestly against simple baselines.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-ledger_app = typer.Typer(help="The forecast track record.")
-schedule_app = typer.Typer(help="The cron entry that runs fetch and then predict.")
-sandbox_app = typer.Typer(help="A local exchange for trying things out.")
+ledger_app = typer.Typer(rich_markup_mode=None, help="The forecast track record.")
+schedule_app = typer.Typer(rich_markup_mode=None, help="The cron entry that runs fetch and then predict.")
+sandbox_app = typer.Typer(rich_markup_mode=None, help="A local exchange for trying things out.")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(schedule_app, name="schedule")
 app.add_typer(sandbox_app, name="sandbox")

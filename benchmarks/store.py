@@ -1,0 +1,143 @@
+"""The store: pages into it with their bookkeeping, the same rows again, and a year of 1m bars out of it.
+
+Peers in the same run: an upsert into a DuckDB table with a primary key, one transaction per page (what a careful
+first version does), and for reading a plain copy of every column, below which nothing can go.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import polars as pl
+from common import START_MS, Results, bars, goal, interleaved, main, show
+
+from recur.storage.store import Store, WindowRows
+from recur.vocabulary import MINUTE_MS, Series
+
+PAGE, BATCH, YEAR = 1000, 50, 525_600
+SERIES = Series("linear", "BTCUSDT", "1m")
+
+
+def pages(frame: pl.DataFrame) -> list[WindowRows]:
+    step = PAGE * MINUTE_MS
+    return [
+        WindowRows(SERIES, since := START_MS + k * step, since + step, frame[k * PAGE : (k + 1) * PAGE], PAGE)
+        for k in range(frame.height // PAGE)
+    ]
+
+
+def stream(home: Path, windows: list[WindowRows]) -> None:
+    """Pages as a fetch delivers them: buffered, each batch one transaction together with its windows."""
+    store = Store(home)
+    for at in range(0, len(windows), BATCH):
+        store.put_windows(windows[at : at + BATCH], source="venue", now_ms=START_MS)
+
+
+def upsert(path: Path, windows: list[WindowRows]) -> None:
+    """The peer: a primary key and ``ON CONFLICT``, one transaction per page, no bookkeeping."""
+    with duckdb.connect(str(path)) as con:
+        con.execute(
+            """CREATE TABLE candles (category VARCHAR, symbol VARCHAR, interval VARCHAR, kind VARCHAR,
+            open_time TIMESTAMP_MS, open DOUBLE, high DOUBLE, low DOUBLE, close DOUBLE, volume DOUBLE,
+            turnover DOUBLE, PRIMARY KEY (category, symbol, interval, kind, open_time))"""
+        )
+        for window in windows:
+            con.register(
+                "incoming", window.frame.with_columns(pl.col("open_time").dt.replace_time_zone(None))
+            )
+            con.execute(
+                """INSERT INTO candles SELECT * FROM incoming ON CONFLICT DO UPDATE SET open = excluded.open,
+                high = excluded.high, low = excluded.low, close = excluded.close, volume = excluded.volume,
+                turnover = excluded.turnover"""
+            )
+
+
+def copied(frame: pl.DataFrame) -> object:
+    """Every column copied once."""
+    return [frame.get_column(name).to_physical().to_numpy().copy() for name in frame.columns[4:]]
+
+
+def seconds(job: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def measure(quick: bool) -> Results:
+    n = 200_000 if quick else 1_580_000
+    frame = bars("BTCUSDT", n, "1m")
+    windows, some = pages(frame), 100
+    ours, theirs, again = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        for turn in range(3):
+            ours.append(len(windows) / seconds(lambda k=turn: stream(home / str(k), windows)))
+            theirs.append(some / seconds(lambda k=turn: upsert(home / f"{k}.duckdb", windows[:some])))
+            store = Store(home / str(turn))
+            took = seconds(lambda s=store: s.put_candles(frame, source="file", now_ms=START_MS))
+            again.append(frame.height / took)
+        one = [WindowRows(SERIES, since := START_MS + n * MINUTE_MS, since + PAGE * MINUTE_MS, (
+            frame[:PAGE].with_columns(pl.col("open_time") + pl.duration(milliseconds=n * MINUTE_MS))
+        ), PAGE)]  # fmt: skip
+        page_s = seconds(lambda: store.put_windows(one, source="venue", now_ms=START_MS))
+        until = START_MS + min(YEAR, n) * MINUTE_MS
+        year = store.candles("linear", ["BTCUSDT"], "1m", "trade", START_MS, until)
+        read = interleaved(
+            {
+                "store": lambda: store.candles("linear", ["BTCUSDT"], "1m", "trade", START_MS, until),
+                "copy": lambda: copied(year),
+            },
+            7,
+        )
+        assert year.height == min(YEAR, n) and year.equals(frame[: year.height])
+    rate, peer, reload = (statistics.median(values) for values in (ours, theirs, again))
+    ratio = read["store"] / read["copy"]
+    show(
+        f"Store, {len(windows):,} pages of {PAGE:,} bars of 1m (medians of 3)",
+        ("", "recur", "peer", "ratio", "goal"),
+        [
+            (
+                "new pages/s, with bookkeeping (peer: upsert per page)",
+                f"{rate:,.0f}",
+                f"{peer:,.0f}",
+                f"{rate / peer:.1f}",
+                goal(rate, 1000),
+            ),
+            ("the same rows again, rows/s", f"{reload:,.0f}", "", "", goal(reload, 1e7)),
+            (
+                "one more page onto all of them, ms",
+                f"{1e3 * page_s:.1f}",
+                "",
+                "",
+                goal(1e3 * page_s, 10, False),
+            ),
+            (
+                f"{year.height:,} bars into polars, ms (peer: column copy)",
+                f"{1e3 * read['store']:.0f}",
+                f"{1e3 * read['copy']:.0f}",
+                f"{ratio:.1f}",
+                goal(ratio, 2, False),
+            ),
+        ],
+    )
+    return {
+        "pages": len(windows),
+        "pages_per_s": rate,
+        "peer_upsert_pages_per_s": peer,
+        "pages_ratio": rate / peer,
+        "reload_rows_per_s": reload,
+        "one_page_ms": 1e3 * page_s,
+        "year_rows": year.height,
+        "year_read_ms": 1e3 * read["store"],
+        "year_copy_ms": 1e3 * read["copy"],
+        "year_read_over_copy": ratio,
+    }
+
+
+if __name__ == "__main__":
+    main(measure, __doc__)
