@@ -134,8 +134,8 @@ def with_pandas(frames: Sequence[pd.DataFrame], lead: int, transform: FeatureTra
 
 def with_recur(series: Sequence[RawSeries], transform: FeatureTransform) -> list[pl.DataFrame]:
     """As ``recur.pipeline.dataset.arrays`` computes them."""
-    lead = leads(series)
-    return pl.collect_all([transform.lazy(s.frame, lead.get(s.group)) for s in series])
+    lead = {group: transform.lead(frame) for group, frame in leads(series).items()}
+    return [transform.raw(s.frame, lead.get(s.group)) for s in series]
 
 
 def market(symbols: int, n: int, interval: str) -> tuple[list[RawSeries], FeatureTransform]:

@@ -164,16 +164,15 @@ def fit_transform(
         )
     transform = FeatureTransform(interval=interval, horizons=horizons, has_fine=has_fine)
     transform.fit_season([s.frame for s in past])
-    lead = leads(past)
-    transform.fit_scaler(pl.collect_all([transform.lazy(s.frame, lead.get(s.group)) for s in past]))
+    lead = {group: transform.lead(frame) for group, frame in leads(past).items()}
+    transform.fit_scaler([transform.raw(s.frame, lead.get(s.group)) for s in past])
     return transform
 
 
 def arrays(series: Sequence[RawSeries], transform: FeatureTransform) -> list[SeriesArrays]:
     """Model-ready arrays of every series."""
-    lead = leads(series)
-    raws = pl.collect_all([transform.lazy(s.frame, lead.get(s.group)) for s in series])
-    return [_one(s, raw, transform) for s, raw in zip(series, raws, strict=True)]
+    lead = {group: transform.lead(frame) for group, frame in leads(series).items()}
+    return [_one(s, transform.raw(s.frame, lead.get(s.group)), transform) for s in series]
 
 
 def _one(series: RawSeries, raw: pl.DataFrame, transform: FeatureTransform) -> SeriesArrays:

@@ -27,6 +27,8 @@ BASE_DECAY = 0.94
 """Decay per bar of the base variance (RiskMetrics' 0.94)."""
 VARIANCE_FLOOR = 1e-10
 """Smallest variance of one bar; below it (0.001 % per bar) a market is taken as not moving."""
+_AS_WRITTEN = pl.QueryOptFlags.none()
+"""Fifty short expressions over columns already made: looking for common parts costs more than it saves."""
 CLIP = 6.0
 """Standardised features are cut to ±CLIP."""
 
@@ -188,10 +190,9 @@ def catalogue(interval: str, horizons: Sequence[int], has_fine: bool) -> list[Fe
 
 
 def _place(bars: int) -> pl.Expr:
-    top, bottom = (
-        pl.col("high").rolling_max(bars, min_samples=1),
-        pl.col("low").rolling_min(bars, min_samples=1),
-    )
+    # The kernels for columns without nulls are several times faster: an absent bar is no high and no low.
+    top = pl.col("high").fill_null(float("-inf")).rolling_max(bars, min_samples=1)
+    bottom = pl.col("low").fill_null(float("inf")).rolling_min(bars, min_samples=1)
     return ((pl.col("close") - bottom) / (top - bottom)).fill_nan(None)
 
 
@@ -271,13 +272,20 @@ class FeatureTransform:
         self.std = np.sqrt(np.nansum((stacked - self.mean) ** 2, axis=0) / np.maximum(seen, 1))
         self.std = np.where(self.std < 1e-8, 1.0, self.std)
 
-    def lazy(self, frame: pl.DataFrame, lead: pl.DataFrame | None) -> pl.LazyFrame:
-        """Raw features of one series. ``frame``: regular candle frame; ``lead``: BTC's regular frame of the same source."""
+    def lead(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """BTC's state from its regular frame, to be given to ``raw`` of every series of the same source."""
+        return _lead(self._prepared(frame)).collect(optimizations=_AS_WRITTEN)
+
+    def raw(self, frame: pl.DataFrame, lead: pl.DataFrame | None) -> pl.DataFrame:
+        """Raw features of one series. ``frame``: regular candle frame; ``lead``: what :meth:`lead` gave, if any.
+
+        Columns with a leading underscore are the helpers that scales and targets are made of.
+        """
         own = self._prepared(frame)
         if lead is None:
-            joined = own.with_columns(*(pl.lit(None, dtype=pl.Float64).alias(c) for c in BTC_COLUMNS))
+            own = own.with_columns(*(pl.lit(None, dtype=pl.Float64).alias(c) for c in BTC_COLUMNS))
         else:
-            joined = own.join(_lead(self._prepared(lead)), on="open_time", how="left", maintain_order="left")
+            own = own.join(lead.lazy(), on="open_time", how="left", maintain_order="left")
         out = [f.expr.fill_nan(None).alias(f.name) for f in self.features]
         keep = [
             "open_time",
@@ -289,9 +297,9 @@ class FeatureTransform:
             "base",
             *(f"s_{h}" for h in self.horizons),
         ]
-        # A feature may bear the name of a column (``observed``): features are computed beside, then put together.
+        # A feature may bear the name of a column (``observed``), hence the underscore.
         helper = [pl.col(c).alias(f"_{c}") for c in keep]
-        return joined.select(*helper, *out)
+        return own.select(*helper, *out).collect(optimizations=_AS_WRITTEN)
 
     def _prepared(self, frame: pl.DataFrame) -> pl.LazyFrame:
         return (
