@@ -52,11 +52,14 @@ def _ewm(expr: pl.Expr, decay: float) -> pl.Expr:
 
 
 def _mean(expr: pl.Expr, bars: int) -> pl.Expr:
+    if bars == 1:
+        return expr
     return expr.rolling_mean(bars, min_samples=max(1, bars // 2))
 
 
-def _log_ratio(variance: pl.Expr, base: pl.Expr) -> pl.Expr:
-    return 0.5 * ((variance + VARIANCE_FLOOR).log() - base.log())
+def _log_ratio(variance: pl.Expr) -> pl.Expr:
+    """Half the log of a variance over the base: the log ratio of two volatilities."""
+    return 0.5 * ((variance + VARIANCE_FLOOR).log() - pl.col("log_base"))
 
 
 def week_positions(interval: str) -> int:
@@ -82,7 +85,7 @@ def bar_columns(has_fine: bool) -> list[pl.Expr]:
         c.log().diff().alias("r"),
         (hl2 / (4 * np.log(2))).alias("parkinson"),
         (0.5 * hl2 - (2 * np.log(2) - 1) * (c / o).log().pow(2)).clip(0).alias("gk"),
-        ((c - low) / (h - low)).fill_nan(None).alias("place"),
+        ((c - low) / (h - low)).alias("place"),
         (pl.col("volume") + 1).log().alias("lv"),
         (pl.coalesce(pl.col("turnover"), pl.col("volume") * (h + low + c) / 3) + 1).log().alias("lt"),
     ]
@@ -106,39 +109,59 @@ def base_column() -> pl.Expr:
     return _ewm(pl.col("gk") / pl.col("s_now"), BASE_DECAY).forward_fill().clip(VARIANCE_FLOOR).alias("base")
 
 
+def shared_columns() -> list[pl.Expr]:
+    """Third layer: what several features are made of, computed once."""
+    r, base, season = pl.col("r"), pl.col("base"), pl.col("s_now")
+    return [
+        (r / (base * season).sqrt()).clip(-20, 20).alias("z"),
+        (r * r).alias("r2"),
+        r.abs().alias("abs_r"),
+        (r * r / season).alias("flat_r2"),
+        (pl.col("gk") / season).alias("flat_gk"),
+        (pl.col("parkinson") / season).alias("flat_parkinson"),
+        base.log().alias("log_base"),
+        base.sqrt().alias("root_base"),
+        (r.abs() / pl.col("lt")).alias("impact"),
+        pl.col("open_time").dt.epoch("ms").alias("ms"),
+    ]
+
+
 def catalogue(interval: str, horizons: Sequence[int], has_fine: bool) -> list[Feature]:
     """All features, in the order in which the model sees them."""
-    base, r, gk = pl.col("base"), pl.col("r"), pl.col("gk")
-    deseason = pl.col("gk") / pl.col("s_now")
-    slow = ewm_lookback(BASE_DECAY)
-    ms = pl.col("open_time").dt.epoch("ms")
+    r, ms, slow = pl.col("r"), pl.col("ms"), ewm_lookback(BASE_DECAY)
     out = [
         Feature("observed", pl.col("observed").cast(pl.Float64), 1),
         Feature("ret_1", pl.col("z"), slow + 2),
     ]
     out += [
-        Feature(f"ret_{n}", r.rolling_sum(n, min_samples=max(1, n // 2)) / (base * n).sqrt(), slow + n)
+        Feature(
+            f"ret_{n}",
+            r.rolling_sum(n, min_samples=max(1, n // 2)) / (pl.col("root_base") * n**0.5),
+            slow + n,
+        )
         for n in (3, 6, 24, 72, 168)
     ]
     out += [
-        Feature(f"rv_{n}", _log_ratio(_mean(r.pow(2) / pl.col("s_now"), n), base), slow + n + 1)
+        Feature(f"rv_{n}", _log_ratio(_mean(pl.col("flat_r2"), n)), slow + n + 1)
         for n in (1, 6, 24, 72, 168, 720)
     ]
     out += [
-        Feature(f"gk_{n}", _log_ratio(_mean(deseason, n), base), slow + n)
+        Feature(f"gk_{n}", _log_ratio(_mean(pl.col("flat_gk"), n)), slow + n)
         for n in (1, 3, 6, 24, 72, 168, 720)
     ]
     out += [
-        Feature(f"parkinson_{n}", _log_ratio(_mean(pl.col("parkinson") / pl.col("s_now"), n), base), slow + n)
-        for n in (1, 24)
+        Feature(f"parkinson_{n}", _log_ratio(_mean(pl.col("flat_parkinson"), n)), slow + n) for n in (1, 24)
     ]
-    down = pl.when(r < 0).then(r.pow(2)).otherwise(0.0 * r)
+    down = r.clip(upper_bound=0).pow(2)
     out += [
-        Feature("base_level", 0.5 * base.log(), slow),
-        Feature("down_share_24", _mean(down, 24) / (_mean(r.pow(2), 24) + VARIANCE_FLOOR), 25),
+        Feature("base_level", 0.5 * pl.col("log_base"), slow),
+        Feature("down_share_24", _mean(down, 24) / (_mean(pl.col("r2"), 24) + VARIANCE_FLOOR), 25),
         Feature(
             "jump_24",
-            (r.abs().rolling_max(24, min_samples=12) / (_mean(gk, 24) + VARIANCE_FLOOR).sqrt()).log1p(),
+            (
+                pl.col("abs_r").rolling_max(24, min_samples=12)
+                / (_mean(pl.col("gk"), 24) + VARIANCE_FLOOR).sqrt()
+            ).log1p(),
             25,
         ),
         Feature("volume_1", pl.col("lv") - _mean(pl.col("lv"), 168), 168),
@@ -148,7 +171,7 @@ def catalogue(interval: str, horizons: Sequence[int], has_fine: bool) -> list[Fe
         Feature("turnover_6", _mean(pl.col("lt"), 6) - _mean(pl.col("lt"), 168), 168),
         Feature(
             "impact_24",
-            _mean(r.abs() / pl.col("lt"), 24).log() - _mean(r.abs() / pl.col("lt"), 168).log(),
+            (_mean(pl.col("impact"), 24) / _mean(pl.col("impact"), 168)).log(),
             169,
         ),
         Feature("place_in_bar", pl.col("place"), 1),
@@ -177,11 +200,11 @@ def catalogue(interval: str, horizons: Sequence[int], has_fine: bool) -> list[Fe
         Feature("btc_ret_24", _mean(pl.col("btc_z"), 24), slow + 24),
         Feature("btc_gk_1", pl.col("btc_gk_1"), slow + 1),
         Feature("btc_gk_24", pl.col("btc_gk_24"), slow + 24),
-        Feature("btc_base", 0.5 * (pl.col("btc_base").log() - base.log()), slow),
+        Feature("btc_base", 0.5 * (pl.col("btc_log_base") - pl.col("log_base")), slow),
     ]
     if has_fine:
         out += [
-            Feature(f"fine_{n}", _log_ratio(_mean(pl.col("rv_in") / pl.col("s_now"), n), base), slow + n)
+            Feature(f"fine_{n}", _log_ratio(_mean(pl.col("rv_in") / pl.col("s_now"), n)), slow + n)
             for n in (1, 6, 24)
         ]
         out.append(Feature("fine_down_share", pl.col("fine_down_share"), 1))
@@ -193,21 +216,21 @@ def _place(bars: int) -> pl.Expr:
     # The kernels for columns without nulls are several times faster: an absent bar is no high and no low.
     top = pl.col("high").fill_null(float("-inf")).rolling_max(bars, min_samples=1)
     bottom = pl.col("low").fill_null(float("inf")).rolling_min(bars, min_samples=1)
-    return ((pl.col("close") - bottom) / (top - bottom)).fill_nan(None)
+    return (pl.col("close") - bottom) / (top - bottom)
 
 
-BTC_COLUMNS = ("btc_z", "btc_base", "btc_gk_1", "btc_gk_24")
+BTC_COLUMNS = ("btc_z", "btc_log_base", "btc_gk_1", "btc_gk_24")
 
 
 def _lead(frame: pl.LazyFrame) -> pl.LazyFrame:
     """BTC's own state, to be joined to the other series of the same source by open time."""
-    deseason = pl.col("gk") / pl.col("s_now")
+    flat = pl.col("flat_gk")
     return frame.select(
         "open_time",
         pl.col("z").alias("btc_z"),
-        pl.col("base").alias("btc_base"),
-        _log_ratio(deseason, pl.col("base")).alias("btc_gk_1"),
-        _log_ratio(_mean(deseason, 24), pl.col("base")).alias("btc_gk_24"),
+        pl.col("log_base").alias("btc_log_base"),
+        _log_ratio(flat).alias("btc_gk_1"),
+        _log_ratio(_mean(flat, 24)).alias("btc_gk_24"),
     )
 
 
@@ -264,7 +287,8 @@ class FeatureTransform:
 
     def fit_scaler(self, raw: Sequence[pl.DataFrame]) -> None:
         """Mean and standard deviation of each feature over the rows given (the training span)."""
-        stacked = np.concatenate([frame.select(self.names).to_numpy() for frame in raw])
+        names = self.names
+        stacked = np.concatenate([frame.select(names).to_numpy() for frame in raw])
         stacked = np.where(np.isfinite(stacked), stacked, np.nan)
         seen = np.isfinite(stacked).sum(axis=0)
         total = np.nansum(stacked, axis=0)
@@ -279,14 +303,14 @@ class FeatureTransform:
     def raw(self, frame: pl.DataFrame, lead: pl.DataFrame | None) -> pl.DataFrame:
         """Raw features of one series. ``frame``: regular candle frame; ``lead``: what :meth:`lead` gave, if any.
 
-        Columns with a leading underscore are the helpers that scales and targets are made of.
+        Absent values are null or NaN. Columns with a leading underscore are the helpers that scales and targets are made of.
         """
         own = self._prepared(frame)
         if lead is None:
             own = own.with_columns(*(pl.lit(None, dtype=pl.Float64).alias(c) for c in BTC_COLUMNS))
         else:
             own = own.join(lead.lazy(), on="open_time", how="left", maintain_order="left")
-        out = [f.expr.fill_nan(None).alias(f.name) for f in self.features]
+        out = [f.expr.alias(f.name) for f in self.features]
         keep = [
             "open_time",
             "close",
@@ -307,7 +331,7 @@ class FeatureTransform:
             .with_columns(bar_columns(self.has_fine))
             .with_columns(season_columns(self.interval, self.season, self.horizons))
             .with_columns(base_column())
-            .with_columns((pl.col("r") / (pl.col("base") * pl.col("s_now")).sqrt()).clip(-20, 20).alias("z"))
+            .with_columns(shared_columns())
         )
 
     def standardise(self, raw: pl.DataFrame) -> NDArray[np.float32]:
