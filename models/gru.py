@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from recur.models.interface import State
+from recur.models.interface import State, Steps
+from recur.models.steps import keep_invalid, restart, scan_steps
 
 
 class GRU(nn.Module):
@@ -42,13 +43,18 @@ class GRU(nn.Module):
         assert isinstance(weight, Tensor)
         return {"h": torch.zeros(batch, self.layers, self.d_out, device=weight.device, dtype=weight.dtype)}
 
-    def forward(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, u: Tensor, state: State | None = None, steps: Steps | None = None
+    ) -> tuple[Tensor, State]:
+        if steps is not None:
+            return scan_steps(self, u, state, steps)
         h = (state or self.init_state(u.shape[0]))["h"].transpose(0, 1).contiguous()  # (layers, B, D)
         y, h = self.rnn(u, h)
         return y, {"h": h.transpose(0, 1)}
 
-    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, u_t: Tensor, state: State, steps: Steps | None = None) -> tuple[Tensor, State]:
         """One bar by the equations above, without ``nn.GRU``: an independent second computation."""
+        state = restart(steps, state, self.init_state(u_t.shape[0]))
         h_all = state["h"]
         x, hidden = u_t, []
         for layer in range(self.layers):
@@ -61,4 +67,4 @@ class GRU(nn.Module):
             n = torch.tanh(i_n + r * h_n)
             x = (1 - z) * n + z * h
             hidden.append(x)
-        return x, {"h": torch.stack(hidden, dim=1)}
+        return keep_invalid(steps, x, {"h": torch.stack(hidden, dim=1)}, {"h": h_all})
