@@ -52,9 +52,12 @@ class RowTexts:
 
 def number_texts(values: Floats) -> list[str]:
     """Shortest decimal texts that read back as the same floats; "" for NaN; never an exponent."""
-    column = pl.Series(values).cast(pl.String)
-    texts = column.to_list()
-    for i in column.str.contains("[eN]").arg_true().to_list():
-        value = values[i]
-        texts[i] = "" if np.isnan(value) else np.format_float_positional(value, trim="-")
+    texts = pl.Series(values).cast(pl.String).to_list()
+    together = "".join(texts)
+    if "e" in together or "N" in together:
+        for i, text in enumerate(texts):
+            if text == "NaN":
+                texts[i] = ""
+            elif "e" in text:
+                texts[i] = np.format_float_positional(values[i], trim="-")
     return texts
