@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from recur.connectors.answers import instant
@@ -174,9 +175,7 @@ def plan_fetch(store: Store, connector: BybitConnector, request: FetchRequest) -
                 series = Series(request.category, symbol, point_interval(request.interval), kind)
                 _plan_grid(store, connector, plan, series)
             else:
-                _plan_grid(
-                    store, connector, plan, Series(request.category, symbol, request.interval, kind)
-                )
+                _plan_grid(store, connector, plan, Series(request.category, symbol, request.interval, kind))
     return plan
 
 
@@ -296,4 +295,4 @@ def _plan_funding(store: Store, plan: FetchPlan, series: Series) -> None:
         # Before the listing there is nothing to page through, so all of that goes with the first task.
         cuts = range(max(start, min(listed_ms, end)) + FUNDING_TASK_MS, end, FUNDING_TASK_MS)
         edges = [start, *cuts, end]
-        plan.funding.extend(FundingRange(series, a, b) for a, b in zip(edges, edges[1:], strict=False))
+        plan.funding.extend(FundingRange(series, a, b) for a, b in pairwise(edges))
