@@ -28,7 +28,7 @@ from recur.connectors.answers import (
 )
 from recur.connectors.session import PUBLIC_URL, VenueSession
 from recur.connectors.windows import PAGE_ROWS, Bars, Window, check
-from recur.vocabulary import INTERVALS, Series, VenueError, VenueRefused, did_you_mean, floor_open, iso
+from recur.vocabulary import INTERVALS, Series, VenueError, VenueRefused, did_you_mean, floor_open, iso, next_open
 
 __all__ = ["PUBLIC_URL", "BybitConnector"]
 
@@ -92,13 +92,26 @@ class BybitConnector(VenueSession):
     def first_open(self, series: Series) -> int | None:
         """Open time of the first bar the venue has (its stated launch time is no lower bound); None if no bar."""
 
-        def read(reply: Reply) -> int | None:
+        def read(reply: Reply) -> tuple[int | None, int]:
             opens = candle_bars(series, reply).open_ms
-            return int(opens.min()) if len(opens) else None
+            first = int(opens.min()) if len(opens) else None
+            if first is not None and (first > reply.time_ms or floor_open(first, series.interval) != first):
+                raise VenueError(f"The first bar is said to open at {first} ms, which cannot be.")
+            return first, reply.time_ms
 
-        return self.ask(
-            f"first bar of {series}", lambda api: _kline(api, series, _LONG_AGO_MS, None, 1), read
-        )
+        what = f"first bar of {series}"
+        for _ in range(self.attempts):
+            first, time_ms = self.ask(what, lambda api: _kline(api, series, _LONG_AGO_MS, None, 1), read)
+            if first is None or next_open(next_open(first, series.interval), series.interval) <= time_ms:
+                return first
+            # So young a symbol is rare, and a venue that overlooks the start looks just so: a bar before it tells.
+            end_ms = first - 1
+            earlier, _ = self.ask(
+                what, lambda api, end_ms=end_ms: _kline(api, series, _LONG_AGO_MS, end_ms, 1), read
+            )
+            if earlier is None:
+                return first
+        raise VenueError(f"{what}: the venue overlooks the start of the range.", "Try again later.")
 
     # -- funding, open interest, long/short ratio ---------------------------------------------------------
 

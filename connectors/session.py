@@ -123,9 +123,8 @@ class VenueSession:
             except _Failed as failed:
                 failure, cause = failed.failure, failed.__cause__
             except VenueError as error:  # an answer came, but what it says cannot be
-                if what not in error.message:
-                    error = VenueError(f"{what}: {error.message}", error.hint)
-                failure, cause = failures.Failure(error, again=True), error.__cause__
+                said = error.message if what in error.message else f"{what}: {error.message}"
+                failure, cause = failures.malformed(said), error.__cause__
             if isinstance(failure.error, VenueBanned):
                 until = self._limiter.ban()
                 if self.wait_ban:

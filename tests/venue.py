@@ -28,7 +28,7 @@ NOW = parse_time("2025-08-30T12:34")
 NOON = parse_time("2025-08-30T12:00")
 BARS = 1452  # hours from START to NOON
 TIMEOUT_S = 0.3
-ATTEMPTS = 4
+ATTEMPTS = 5
 
 
 class HurriedClock:

@@ -45,7 +45,7 @@ def _earlier_page(strike: Strike, rows: Rows) -> Rows:
     if start is None or end is None:
         return rows
     shift = int(end) + 1 - int(start)
-    return strike.rows_of(**{names[0]: str(int(start) - shift), names[1]: str(int(start) - 1)})
+    return strike.rows_of(**{names[0]: str(int(start) - shift), names[1]: str(int(start) - 1)}) or rows
 
 
 def _row_before(strike: Strike, rows: Rows) -> Rows:
