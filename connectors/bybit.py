@@ -118,10 +118,15 @@ class BybitConnector(VenueSession):
     def funding(self, category: str, symbol: str, since_ms: int, until_ms: int) -> pl.DataFrame:
         """Funding events in ``[since_ms, until_ms)``: category, symbol, funding_time, rate (a fraction), sorted.
 
-        The spacing of events changes over a symbol's life, so nothing is assumed of it.
+        The spacing of events changes over a symbol's life, so nothing is assumed of it. Only an empty page ends the
+        paging, and only when it is empty twice.
         """
 
         def page(end_ms: int) -> pl.DataFrame:
+            found = page_once(end_ms)
+            return page_once(end_ms) if found.is_empty() else found
+
+        def page_once(end_ms: int) -> pl.DataFrame:
             return self._timed_page(
                 f"funding of {category} {symbol} to {iso(end_ms)}",
                 lambda api: api.get_funding_rate_history(

@@ -90,8 +90,8 @@ class FundingRange:
 
     @property
     def n_requests(self) -> int:
-        """Pages at one event per eight hours, and the empty one that ends the paging."""
-        return math.ceil((self.until_ms - self.since_ms) / (8 * HOUR_MS) / FUNDING_PAGE_ROWS) + 1
+        """Pages at one event per eight hours, and the empty one, asked twice, that ends the paging."""
+        return math.ceil((self.until_ms - self.since_ms) / (8 * HOUR_MS) / FUNDING_PAGE_ROWS) + 2
 
 
 @dataclass(slots=True)
