@@ -782,11 +782,21 @@ def sandbox_serve(
     until: Annotated[
         str | None, typer.Option(metavar="TIME", help="End of the generated market; default a week from now.")
     ] = None,
+    faults: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What goes wrong, as TOML or JSON; see docs/sandbox.md."),
+    ] = None,
+    latency_ms: Annotated[int, typer.Option(min=0, help="Each reply comes so much later.")] = 0,
+    enforce_limit: Annotated[
+        bool, typer.Option("--enforce-limit", help="Ban who asks more than 600 times in 5 seconds.")
+    ] = False,
 ) -> None:
     """Serve a generated or replayed market on this computer until Ctrl-C."""
+    from recur.connectors.sandbox.faults import FaultPlan, read_faults
     from recur.connectors.sandbox.server import SandboxServer, VirtualClock
 
     state: State = ctx.obj
+    plan = read_faults(faults) if faults else FaultPlan()
     start_ms, now_ms = parse_time(since), _time(now)
     end_ms = parse_time(until) if until else (now_ms or _now_ms()) + 7 * 86_400_000
     if start_ms >= end_ms:
@@ -799,7 +809,10 @@ def sandbox_serve(
 
         world = GeneratedMarket(seed, start_ms, end_ms, symbols=state.config().market.symbols, signal=signal)
         now_ms = (parse_time(until) if until else _now_ms()) if now_ms is None else now_ms
-    server = SandboxServer(world, VirtualClock(now_ms, speed), port=port)
+    server = SandboxServer(
+        world, VirtualClock(now_ms, speed), port=port, enforce_limit=enforce_limit, faults=plan,
+        latency_s=latency_ms / 1000,
+    )  # fmt: skip
     with _until_signalled() as wait:
         try:
             url = server.start()

@@ -28,7 +28,16 @@ from recur.connectors.answers import (
 )
 from recur.connectors.session import PUBLIC_URL, VenueSession
 from recur.connectors.windows import PAGE_ROWS, Bars, Window, check
-from recur.vocabulary import INTERVALS, Series, VenueError, VenueRefused, did_you_mean, floor_open, iso, next_open
+from recur.vocabulary import (
+    INTERVALS,
+    Series,
+    VenueError,
+    VenueRefused,
+    did_you_mean,
+    floor_open,
+    iso,
+    next_open,
+)
 
 __all__ = ["PUBLIC_URL", "BybitConnector"]
 

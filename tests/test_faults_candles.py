@@ -181,7 +181,9 @@ def test_a_final_answer_ends_the_fetch_at_once_and_the_next_fetch_repairs_it(
     venue: Venue, tmp_path: Path, fault: str, error: type[VenueError], options: dict[str, Any]
 ) -> None:
     store = Store(tmp_path)
-    venue.suffers(Rule(fault, KLINE, skip=1, count=1, options=options))  # after the question for the first bar
+    venue.suffers(
+        Rule(fault, KLINE, skip=1, count=1, options=options)
+    )  # after the question for the first bar
     with pytest.raises(VenueError) as raised:
         venue.fetch(store, workers=1)
     assert type(raised.value) is error
@@ -330,4 +332,3 @@ def test_a_name_that_does_not_resolve_is_an_unreachable_venue(monkeypatch: pytes
     monkeypatch.setenv("no_proxy", "*")
     with pytest.raises(VenueUnreachable, match="http://sandbox.invalid"):
         hurried("http://sandbox.invalid", attempts=2).server_time_ms()
-

@@ -17,7 +17,11 @@ from recur.storage.store import Store
 from recur.vocabulary import DAY_MS, HOUR_MS, VenueRefused, iso
 from tests.venue import END, NOON, NOW, START, Venue, hurried, running
 
-FUNDING, INTEREST, RATIO = "/v5/market/funding/history", "/v5/market/open-interest", "/v5/market/account-ratio"
+FUNDING, INTEREST, RATIO = (
+    "/v5/market/funding/history",
+    "/v5/market/open-interest",
+    "/v5/market/account-ratio",
+)
 INSTRUMENTS, NEWS = "/v5/market/instruments-info", "/v5/announcements/index"
 EIGHT_HOURS = 8 * HOUR_MS
 MANY = [f"C{number:04}USDT" for number in range(1200)]
@@ -89,7 +93,9 @@ def test_a_fault_that_passes_leaves_no_mark_on_funding_and_positions(
 
 
 @pytest.mark.parametrize("kind", ["open_interest", "long_short"])
-@pytest.mark.parametrize("fault", ["series-hole", "series-duplicate", "cursor-repeats", "cursor-double-encoded"])
+@pytest.mark.parametrize(
+    "fault", ["series-hole", "series-duplicate", "cursor-repeats", "cursor-double-encoded"]
+)
 def test_holes_doubles_and_cursors_of_positions_are_seen_through(
     venue: Venue, tmp_path: Path, kind: str, fault: str
 ) -> None:
@@ -163,7 +169,9 @@ def client(venue: Venue) -> Iterator[HTTP]:
 
 
 def page(client: HTTP, number: int, limit: int = 5) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = client.get_announcement(locale="en-US", page=number, limit=limit)["result"]["list"]
+    rows: list[dict[str, Any]] = client.get_announcement(locale="en-US", page=number, limit=limit)["result"][
+        "list"
+    ]
     return rows
 
 
@@ -204,14 +212,16 @@ def test_fields_of_announcements_are_missing_or_misspelt(
     assert all(set(row) == (usual - gone) | new for row in page(client, 1))
 
 
-def test_announcements_are_dated_ahead_tagged_in_other_words_and_miscounted(venue: Venue, client: HTTP) -> None:
+def test_announcements_are_dated_ahead_tagged_in_other_words_and_miscounted(
+    venue: Venue, client: HTTP
+) -> None:
     plain = client.get_announcement(locale="ja-JP")["result"]
     venue.suffers(Rule("announcement-dated-ahead", NEWS, count=1), Rule("tags-localised", NEWS, count=1),
                   Rule("total-wrong", NEWS, count=1))  # fmt: skip
     ahead, tagged, counted = (client.get_announcement(locale="ja-JP")["result"] for _ in range(3))
-    assert [a["dateTimestamp"] - b["dateTimestamp"] for a, b in zip(ahead["list"], plain["list"], strict=True)] == [
-        30 * DAY_MS
-    ] * len(plain["list"])
+    assert [
+        a["dateTimestamp"] - b["dateTimestamp"] for a, b in zip(ahead["list"], plain["list"], strict=True)
+    ] == [30 * DAY_MS] * len(plain["list"])
     assert any("デリバティブ" in row["tags"] for row in tagged["list"])
     assert not any("Derivatives" in row["tags"] for row in tagged["list"])
     assert counted["total"] == 3 * plain["total"] + 7

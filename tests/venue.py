@@ -71,7 +71,10 @@ class Venue:
         self.server.clock.set(NOW)
         address = urlsplit(self.server.base_url)
         for _ in range(200):
-            with contextlib.suppress(OSError), socket.create_connection((address.hostname, address.port), 0.1):
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection((address.hostname, address.port), 0.1),
+            ):
                 return
             time.sleep(0.01)
         raise AssertionError("the venue does not come back")

@@ -67,6 +67,11 @@ class Endpoints:
         head = f'{{"retCode":{code},"retMsg":{json.dumps(message)},"result":'
         return b'%s%s,"retExtInfo":{},"time":%d}' % (head.encode(), result, now_ms)
 
+    def prepare(self, category: str, symbol: str, kind: str, interval: str) -> None:
+        """Make the texts of all candles of a series now instead of when they are first asked for."""
+        bars = self._world.candles(category, symbol, kind, interval)
+        self._row_texts(category, symbol, kind, interval, bars).prepare()
+
     def _as_json(self, answer: Callable[[World, Query, int], object], query: Query, now: int) -> bytes:
         return json.dumps(answer(self._world, query, now)).encode()
 
