@@ -108,17 +108,16 @@ class BybitConnector(VenueSession):
                 raise VenueError(f"The first bar is said to open at {first} ms, which cannot be.")
             return first, reply.time_ms
 
+        def ask(end_ms: int | None) -> tuple[int | None, int]:
+            return self.ask(what, lambda api: _kline(api, series, _LONG_AGO_MS, end_ms, 1), read)
+
         what = f"first bar of {series}"
         for _ in range(self.attempts):
-            first, time_ms = self.ask(what, lambda api: _kline(api, series, _LONG_AGO_MS, None, 1), read)
+            first, time_ms = ask(None)
             if first is None or next_open(next_open(first, series.interval), series.interval) <= time_ms:
                 return first
             # So young a symbol is rare, and a venue that overlooks the start looks just so: a bar before it tells.
-            end_ms = first - 1
-            earlier, _ = self.ask(
-                what, lambda api, end_ms=end_ms: _kline(api, series, _LONG_AGO_MS, end_ms, 1), read
-            )
-            if earlier is None:
+            if ask(first - 1)[0] is None:
                 return first
         raise VenueError(f"{what}: the venue overlooks the start of the range.", "Try again later.")
 

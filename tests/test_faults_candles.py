@@ -330,5 +330,5 @@ def test_the_same_name_in_two_categories_is_two_series(venue: Venue, tmp_path: P
 
 def test_a_name_that_does_not_resolve_is_an_unreachable_venue(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
-    with pytest.raises(VenueUnreachable, match="http://sandbox.invalid"):
+    with pytest.raises(VenueUnreachable, match=r"http://sandbox\.invalid"):
         hurried("http://sandbox.invalid", attempts=2).server_time_ms()

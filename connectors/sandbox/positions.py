@@ -51,7 +51,8 @@ def _log_prices(process: Process, trade: Candles) -> Floats:
 
 def _change(log_price: Floats, hours: int) -> Floats:
     back = hours * _PER_HOUR
-    return log_price - np.r_[np.full(min(back, len(log_price)), log_price[0]), log_price[:-back]]
+    before = np.r_[np.full(min(back, len(log_price)), log_price[0]), log_price[:-back]]
+    return np.asarray(log_price - before)
 
 
 def _path(process: Process, name: tuple[str, ...], count: int, half_life_h: float) -> Floats:

@@ -9,9 +9,9 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Self, cast
+from typing import Self
 
 from recur.connectors.sandbox import wire
 from recur.connectors.sandbox.clock import AddressLimit, VirtualClock
@@ -225,9 +225,9 @@ class SandboxServer:
         return reply
 
     def _strike(self, fault: Fault, request: Request, now_ms: int) -> Strike:
-        def again(changes: dict[str, str | None]) -> bytes:
-            query = {k: v for k, v in (request.query | changes).items() if v is not None}
-            return self.endpoints.answer(request.path, cast("dict[str, str]", query), now_ms)
+        def again(changes: Mapping[str, str | None]) -> bytes:
+            query = {name: value for name, value in {**request.query, **changes}.items() if value is not None}
+            return self.endpoints.answer(request.path, query, now_ms)
 
         return Strike(fault, request, now_ms, again, self)
 
