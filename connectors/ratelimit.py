@@ -6,9 +6,9 @@ of the machine, not of a connector. ``Pace`` is its whole state, in a file when 
 ``RateLimiter`` is how one process draws on it.
 
 The law is the generic cell rate algorithm: each request is given an instant, ``1 / rate`` after the one before, and
-an idle budget lets ``burst`` of them pass at once. In any 5 seconds that is ``5 rate + burst`` requests: 568 by
-default. The rest up to 600 is for requests that were delayed on their way and arrive together, of which there cannot
-be more than there are workers.
+an idle budget lets ``burst`` of them pass at once. In any 5 seconds that is ``5 rate + burst`` requests: 554 by
+default. The rest up to 600 is for requests that were delayed on their way and arrive together with later ones, of
+which there cannot be more than there are workers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 from recur.connectors.ratefile import PaceFile
 from recur.vocabulary import VenueBanned, iso
 
-DEFAULT_RATE_PER_S = 112.0
-DEFAULT_BURST = 8
+DEFAULT_RATE_PER_S = 110.0
+DEFAULT_BURST = 4
 LEGAL_RATE_PER_S = 120.0
 BAN_S = 600.0
 """The venue lifts a ban of an address after ten minutes without requests."""

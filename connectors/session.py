@@ -30,7 +30,9 @@ from recur.vocabulary import UsageError, VenueBanned, VenueError, VenueUnreachab
 
 PUBLIC_URL = "https://api.bybit.com"
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-DEFAULT_WORKERS = 24
+DEFAULT_WORKERS = 40
+"""Requests in flight: 110 per second at 150 ms need 17, a slower venue more; see ``ratelimit.py`` for the bound."""
+
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.25, 8.0
 _MAX_BODY = 64 << 20
 _MAX_BODY_TIMES = 3.0  # a body may take so many time-outs in all
