@@ -156,6 +156,13 @@ class RateLimiter:
 
     def _slot(self) -> float:
         now_s = self._clock()
+        if (
+            self._slots
+            and self._file is not None
+            and (known := self._file.peek())
+            and known[3] > self._wall()
+        ):
+            self._recall()  # another process was banned meanwhile
         while self._slots:
             slot_s, lost_s = self._slots.popleft()
             if now_s <= lost_s:

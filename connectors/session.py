@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 import threading
 import time
@@ -44,7 +45,7 @@ T = TypeVar("T")
 
 
 class VenueSession:
-    """Asks one venue from any number of threads at once; one pybit session per thread.
+    """Asks one venue from any number of threads at once; a pybit session carries one request at a time.
 
     ``base_url``    None for the public venue, else e.g. ``http://127.0.0.1:8000``
     ``rate``        requests per second of this machine (the venue allows 120 to its address)
@@ -89,11 +90,12 @@ class VenueSession:
             wall=clock or time.time,
             sleep=self._sleep,
         )
-        self._thread = threading.local()
+        self._seen = threading.local()
+        self._idle: list[HTTP] = []
         self._lock = threading.Lock()
         self._requests = 0
         self._forbidden: tuple[VenueError, float] | None = None  # until this clock time
-        self._told_ban = 0.0
+        self._told_ban = -math.inf
 
     @property
     def requests(self) -> int:
@@ -172,11 +174,14 @@ class VenueSession:
     def _send(self, what: str, call: Callable[[HTTP], Any]) -> Any:
         with self._lock:
             self._requests += 1
-        self._thread.seen = failures.Seen()
+            api = self._idle.pop() if self._idle else self._new_session()
+        self._seen.last = failures.Seen()
         try:
-            return call(self._api())
+            return call(api)
         except Exception as error:
-            raise _Failed(failures.classify(error, self._thread.seen, what, self.base_url)) from error
+            raise _Failed(failures.classify(error, self._seen.last, what, self.base_url)) from error
+        finally:
+            self._idle.append(api)
 
     def _raise_if_halted(self) -> None:
         if self._stopped.is_set():
@@ -184,17 +189,11 @@ class VenueSession:
         if self._forbidden and self._clock() < self._forbidden[1]:
             raise self._forbidden[0]
 
-    def _api(self) -> HTTP:
-        api: HTTP | None = getattr(self._thread, "api", None)
-        if api is None:
-            api = self._thread.api = self._new_session()
-        return api
-
     def _new_session(self) -> HTTP:
-        with self._lock:  # the constructor touches a logger that all sessions share
-            # retry_codes must not be empty, or pybit's defaults apply; code 0 is never looked up.
-            session = HTTP(timeout=(min(5.0, self.timeout_s), self.timeout_s), max_retries=1, retry_codes={0})
-            _quiet_pybit()
+        """Under the lock: the constructor touches a logger that all sessions share."""
+        # retry_codes must not be empty, or pybit's defaults apply; code 0 is never looked up.
+        session = HTTP(timeout=(min(5.0, self.timeout_s), self.timeout_s), max_retries=1, retry_codes={0})
+        _quiet_pybit()
         session.endpoint = self.base_url
         session.client.trust_env = self.is_public  # no proxy to ourselves
         session.client.hooks["response"].append(self._receive)
@@ -204,7 +203,7 @@ class VenueSession:
         """Read the body within a deadline and decode it; runs in the thread that asked, before pybit looks."""
         headers = response.headers
         body = _body(response, time.monotonic() + _MAX_BODY_TIMES * self.timeout_s)
-        self._thread.seen = failures.Seen(
+        self._seen.last = failures.Seen(
             status=response.status_code,
             body=body[:4096].decode("utf-8", "replace"),
             size=len(body),

@@ -23,12 +23,12 @@ from recur.connectors.bybit import (
     BybitConnector,
 )
 from recur.connectors.windows import PAGE_ROWS, Range, Window, count_bars, missing_ranges, plan_windows
+from recur.pipeline.config import FETCH_KINDS
 from recur.pipeline.gaps import BEFORE_LISTING, DELISTED, Life
 from recur.pipeline.parallel import Parallel
 from recur.pipeline.symbols import expand
 from recur.storage.store import Store
 from recur.vocabulary import (
-    CANDLE_KINDS,
     DAY_MS,
     HOUR_MS,
     INTERVALS,
@@ -50,7 +50,6 @@ FUNDING_TASK_MS = 365 * DAY_MS
 MAX_DRIFT_MS = 5000
 """A clock of this machine that is further off is worth a warning."""
 
-FETCH_KINDS = ("candles", *CANDLE_KINDS[1:], "funding", "open_interest", "long_short", "instruments")
 _KINDS_WITHOUT = {
     "spot": {"mark", "index", "premium", "funding", "open_interest", "long_short"},
     "inverse": {"premium"},
