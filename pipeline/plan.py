@@ -231,11 +231,12 @@ def _since(request: FetchRequest, until_ms: int, record: list[Range]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Ask:
-    """The range wanted of a series, what of it the record settles, and whether it reaches before the record."""
+    """The range wanted of a series, its record, what of it is settled, and whether the range starts before it."""
 
     series: Series
     since_ms: int
     until_ms: int
+    record: list[Range]
     done: list[Range]
     starts: bool
 
@@ -253,7 +254,7 @@ def _asked_range(store: Store, plan: FetchPlan, series: Series) -> _Ask:
     since_ms = ceil_open(since_ms, interval) if interval else since_ms
     starts = since_ms < until_ms and (not record or since_ms < record[0][0])
     done = _settled(store, series, record) if record and until_ms == newest_ms else record
-    return _Ask(series, since_ms, until_ms, done, starts)
+    return _Ask(series, since_ms, until_ms, record, done, starts)
 
 
 def _settled(store: Store, series: Series, record: list[Range]) -> list[Range]:
@@ -306,7 +307,7 @@ def _plan_grid(plan: FetchPlan, ask: _Ask) -> None:
 
 
 def _leave_out(plan: FetchPlan, ask: _Ask, since_ms: int, until_ms: int, reason: str) -> None:
-    for start, end in missing_ranges(since_ms, until_ms, ask.done):
+    for start, end in missing_ranges(since_ms, until_ms, ask.record):
         n_bars = count_bars(start, end, ask.series.interval)
         if n_bars:
             plan.unasked.append((Window(ask.series, start, end, n_bars), reason))

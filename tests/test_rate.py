@@ -266,7 +266,9 @@ def test_two_processes_together_send_no_more_than_one_may_even_when_a_third_is_k
     finally:
         for process in children:
             process.kill()
-            process.communicate()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
     assert [process.returncode for process in children] == [0, 0, -9]
     span = sent[-1] - sent[0]
     assert len(sent) <= 200 * span + 3 * 8  # in a process up to eight instants may be used late
