@@ -75,6 +75,10 @@ class Pace:
         first_s = max(self.next_s, now_s - idle * gap_s)
         return [first_s + i * gap_s for i in range(n)], replace(self, next_s=first_s + n * gap_s)
 
+    def paused(self, now_s: float, pause_s: float) -> Pace:
+        """Closed for ``pause_s``."""
+        return replace(self, next_s=max(self.next_s, now_s + pause_s))
+
     def slowed(self, now_s: float, pause_s: float) -> Pace:
         """At half the rate after ``pause_s``: the venue said it was too much. Complaints of one second count once."""
         share, at_s = self.share_now(now_s), now_s
@@ -82,7 +86,7 @@ class Pace:
             share, at_s = self.share, self.share_at_s
         else:
             share = max(_LEAST_SHARE, share / 2)
-        return replace(self, next_s=max(self.next_s, now_s + pause_s), share=share, share_at_s=at_s)
+        return replace(self.paused(now_s, pause_s), share=share, share_at_s=at_s)
 
     def banned(self, now_s: float, wall_s: float, ban_s: float) -> Pace:
         """Closed for ``ban_s``, then slow: one request, and the full rate two minutes later."""
@@ -132,6 +136,12 @@ class RateLimiter:
                 waited += wait_s
             if turn == self._turn:
                 return waited
+
+    def pause(self, pause_s: float) -> None:
+        """Hold everybody back for ``pause_s``."""
+        with self._lock:
+            self._update(lambda pace: (None, pace.paused(self._clock(), pause_s)))
+            self._recall()
 
     def slow_down(self, pause_s: float) -> None:
         """Hold everybody back for ``pause_s`` and go on at half the rate, which recovers slowly."""

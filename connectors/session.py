@@ -123,7 +123,9 @@ class VenueSession:
             attempt += 1
             started += self._wait_for_turn()
             try:
-                return read(envelope(self._send(what, call)))
+                reply = envelope(self._send(what, call))
+                self._heed_limit()
+                return read(reply)
             except _Failed as failed:
                 failure, cause = failed.failure, failed.__cause__
             except VenueError as error:  # an answer came, but what it says cannot be
@@ -145,6 +147,12 @@ class VenueSession:
             if not failure.again or attempt >= self.attempts or late:
                 _give_up(failure.error, attempt, cause)
             self._sleep(wait_s)
+
+    def _heed_limit(self) -> None:
+        """Hold everybody back when the answer's headers say that the endpoint's quota is used up."""
+        seen: failures.Seen = self._seen.last
+        if seen.remaining == 0 and (wait_s := failures.reset_wait_s(seen)):
+            self._limiter.pause(wait_s)
 
     def _wait_for_turn(self) -> float:
         """Take a place in the budget; returns the seconds for which a ban was waited out."""
@@ -207,6 +215,7 @@ class VenueSession:
             status=response.status_code,
             body=body[:4096].decode("utf-8", "replace"),
             size=len(body),
+            remaining=_int_or_none(headers.get("X-Bapi-Limit-Status")),
             reset_ms=_int_or_none(headers.get("X-Bapi-Limit-Reset-Timestamp")),
             now_ms=_int_or_none(headers.get("Timenow")) or int(time.time() * 1000),
         )

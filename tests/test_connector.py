@@ -368,6 +368,22 @@ def test_too_many_visits_waits_for_a_sane_reset(
     assert waited <= clock.now <= waited + 0.3
 
 
+@pytest.mark.parametrize(("left", "waited"), [("0", 2.0), ("7", 0.0), ("none", 0.0)])
+def test_a_quota_that_is_used_up_holds_the_next_request_back(
+    scripted: Callable[..., Scripted], left: str, waited: float
+) -> None:
+    headers = {
+        "X-Bapi-Limit-Status": left,
+        "X-Bapi-Limit-Reset-Timestamp": str(NOW + 2000),
+        "Timenow": str(NOW),
+    }
+    connector, clock = patient(scripted((200, GOOD[1], headers)).base_url)
+    connector.candles(TWO_HOURS)
+    assert clock.now == 0.0
+    connector.candles(TWO_HOURS)
+    assert clock.now == waited
+
+
 def test_nobody_listening_is_unreachable_and_says_where() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -217,17 +217,9 @@ def test_a_hole_in_the_points_is_asked_again_and_recorded(exchange: Running, tmp
 @pytest.mark.parametrize(
     ("interval", "points"),
     [
-        ("1m", "5m"),
-        ("3m", "5m"),
-        ("5m", "5m"),
-        ("30m", "30m"),
-        ("2h", "1h"),
-        ("6h", "1h"),
-        ("12h", "4h"),
-        ("1d", "1d"),
-        ("1w", "1d"),
-        ("1M", "1d"),
-    ],  # fmt: skip
+        *(("1m", "5m"), ("3m", "5m"), ("5m", "5m"), ("30m", "30m"), ("2h", "1h"), ("6h", "1h")),
+        *(("12h", "4h"), ("1d", "1d"), ("1w", "1d"), ("1M", "1d")),
+    ],
 )
 def test_points_have_the_coarsest_spacing_that_divides_a_bar(interval: str, points: str) -> None:
     assert point_interval(interval) == points
