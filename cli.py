@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from recur.pipeline.config import Config, Provenance, load_config, starter_toml
-from recur.vocabulary import DataMissing, RecurError, Series, UsageError, did_you_mean, iso, parse_time, to_ms
+from recur.pipeline.config import Config, Provenance, is_pattern, load_config, starter_toml
+from recur.vocabulary import DataMissing, RecurError, UsageError, did_you_mean, iso, parse_time, to_ms
 
 if TYPE_CHECKING:
     from recur.connectors.sandbox.world import World
+    from recur.pipeline.plan import FetchRequest
     from recur.storage.store import Store
 
 DEFAULT_HOME = ".recur"
@@ -412,19 +413,28 @@ def fetch(
     category: Category = None,
     since: Since = None,
     until: Until = None,
-    days: Annotated[int | None, typer.Option(help="Days of history the first time.")] = None,
-    kinds: Annotated[str | None, typer.Option(help="candles,mark,index,premium,funding.")] = None,
+    days: Annotated[
+        int | None, typer.Option(help="Days of history; else fetch.days for what is new.")
+    ] = None,
+    kinds: Annotated[
+        str | None,
+        typer.Option(help="candles,mark,index,premium,funding,open_interest,long_short,instruments."),
+    ] = None,
     source: Annotated[list[str] | None, typer.Option(help="bybit, sandbox or a file; repeat.")] = None,
     base_url: BaseUrl = None,
     workers: Annotated[int | None, typer.Option(help="Parallel requests.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be asked.")] = False,
+    wait_ban: Annotated[
+        bool, typer.Option("--wait-ban", help="Wait when the venue bans this address, instead of failing.")
+    ] = False,
 ) -> None:
-    """Bring the store up to date from the venue, the sandbox, or files."""
+    """Bring the store up to date from the venue, the sandbox, or files. Symbols may be *USDT or top:20."""
     state: State = ctx.obj
     if since is not None and days is not None:
         raise UsageError("Both --since and --days were given.", "Give one of them.")
+    words = _words(symbols) or []
     config = state.config(
-        market__symbols=_words(symbols), market__interval=interval, market__category=category, fetch__days=days,
+        market__symbols=[word for word in words if not is_pattern(word)] or None, market__interval=interval, market__category=category, fetch__days=days,
         fetch__kinds=kinds, fetch__base_url=base_url, fetch__workers=workers,
     )  # fmt: skip
     sources = source or ["bybit"]
@@ -436,7 +446,15 @@ def fetch(
     results = []
     for name in sources:
         if name in ("bybit", "sandbox"):
-            done = _fetch_venue(state, config, name, span, days, dry_run)
+            from recur.pipeline.plan import FetchRequest
+
+            request = FetchRequest(
+                symbols=tuple(words) if any(map(is_pattern, words)) else config.market.symbols,
+                category=config.market.category, interval=config.market.interval, kinds=config.fetch.kinds,
+                since_ms=span[0], until_ms=span[1], days=days, first_days=config.fetch.days,
+                lag_ms=int(1000 * config.fetch.lag_s), dry_run=dry_run, source=name,
+            )  # fmt: skip
+            done = _fetch_venue(state, config, request, wait_ban)
         elif dry_run:
             done = {"file": name, "windows": 0, "requests": 0}
         else:
@@ -447,49 +465,34 @@ def fetch(
 
     def people() -> None:
         for result in results:
+            if dry_run and (series := result.get("series")):
+                columns = ["series", "since", "until", "windows", "bars"]
+                _table("To ask", columns, ([row.get(key) for key in columns] for row in series))
             _pairs("Plan" if dry_run else "Fetched", result)
+            if reasons := result.get("reasons"):
+                _table("Missing bars", ["reason", "bars"], reasons.items())
 
     state.result(results[0] if len(results) == 1 else {"sources": results}, people)
 
 
-def _fetch_venue(
-    state: State,
-    config: Config,
-    source: str,
-    span: tuple[int | None, int | None],
-    days: int | None,
-    dry_run: bool,
-) -> dict[str, Any]:
+def _fetch_venue(state: State, config: Config, request: FetchRequest, wait_ban: bool) -> dict[str, Any]:
     from recur.connectors.bybit import BybitConnector
     from recur.pipeline.fetch import run_fetch
-    from recur.pipeline.plan import FetchRequest, plan_fetch
+    from recur.pipeline.plan import plan_fetch
 
-    url = config.fetch.base_url or (f"http://127.0.0.1:{SANDBOX_PORT}" if source == "sandbox" else None)
-    connector = BybitConnector(url, workers=config.fetch.workers)
+    sandbox = f"http://127.0.0.1:{SANDBOX_PORT}" if request.source == "sandbox" else None
+    connector = BybitConnector(
+        config.fetch.base_url or sandbox,
+        workers=config.fetch.workers,
+        rate=config.fetch.rate,
+        wait_ban=wait_ban,
+    )
     store = state.store(config)
-    if span[0] is None and days is None and not _all_recorded(store, config):
-        days = config.fetch.days
-    request = FetchRequest(
-        symbols=config.market.symbols, category=config.market.category, interval=config.market.interval,
-        kinds=config.fetch.kinds, since_ms=span[0], until_ms=span[1], days=days,
-        workers=config.fetch.workers, dry_run=dry_run, source=source,
-    )  # fmt: skip
     plan = plan_fetch(store, connector, request)
-    if dry_run:
+    if request.dry_run:
         return dict(plan.as_dict())
     with _progress(state, "fetching") as on_progress:
         return dict(run_fetch(store, connector, plan, on_progress).as_dict())
-
-
-def _all_recorded(store: Store, config: Config) -> bool:
-    """Whether every series of the configuration was fetched before: then fetching just goes on."""
-    category, interval = config.market.category, config.market.interval
-    kinds = {kind: "trade" if kind == "candles" else kind for kind in config.fetch.kinds}.values()
-    return store.path.exists() and all(
-        store.windows(Series(category, symbol, "" if kind == "funding" else interval, kind))
-        for symbol in config.market.symbols
-        for kind in kinds
-    )
 
 
 @app.command()

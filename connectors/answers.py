@@ -249,7 +249,7 @@ def instrument_frame(
     }
     schema = {k: pl.Int64() if isinstance(v, pl.Datetime) else v for k, v in INSTRUMENT_SCHEMA.items()}
     frame = pl.DataFrame([found[symbol] for symbol in sorted(found)], schema=schema)
-    return frame.cast({k: v for k, v in INSTRUMENT_SCHEMA.items() if isinstance(v, pl.Datetime)})  # type: ignore[arg-type]
+    return frame.cast({k: v for k, v in INSTRUMENT_SCHEMA.items() if isinstance(v, pl.Datetime)})
 
 
 def day_amounts(category: str, reply: Reply) -> dict[str, float | None]:

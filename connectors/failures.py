@@ -4,8 +4,8 @@
 seen                                                    error                 again?
 ======================================================  ====================  =======
 no connection, reset, time-out, cut-off body            VenueUnreachable      yes
-HTTP 429 and 5xx; codes -1, 429, 10000, 10002, 10016    VenueUnreachable      yes
-10006 (this endpoint is asked too often)                VenueUnreachable      yes, slower
+HTTP 5xx; codes -1, 10000, 10002, 10016                 VenueUnreachable      yes
+HTTP 429, codes 429, 10006 (asked too often)            VenueUnreachable      yes, slower
 answer without JSON or without the envelope             VenueError            yes
 HTTP 403 "access too frequent", code 10018              VenueBanned           no
 HTTP 403 otherwise as HTML, 10009, 10024                VenueForbidden        no
@@ -24,11 +24,12 @@ from pybit.exceptions import FailedRequestError, InvalidRequestError
 
 from recur.vocabulary import VenueBanned, VenueError, VenueForbidden, VenueRefused, VenueUnreachable
 
-_TRANSIENT_CODES = {-1, 429, 10000, 10002, 10016}
-_TOO_MANY_VISITS = 10006
+_TRANSIENT_CODES = {-1, 10000, 10002, 10016}
+_TOO_OFTEN_CODES = {429, 10006}
 _BAN_CODES = {10018}
 _REGION_CODES = {10009, 10024}
 _MAX_RESET_WAIT_S = 10.0
+_PAUSE_S = 1.0
 _FORBIDDEN_S = 600.0
 
 
@@ -49,6 +50,7 @@ class Seen:
     status: int = 0
     body: str = ""  # its first 4096 characters
     size: int = 0
+    remaining: int | None = None  # header X-Bapi-Limit-Status: requests left to this endpoint
     reset_ms: int | None = None  # header X-Bapi-Limit-Reset-Timestamp
     now_ms: int = 0  # when it came: header Timenow, else this machine's clock
 
@@ -79,8 +81,8 @@ def _of_code(code: object, text: str, seen: Seen, what: str) -> Failure:
     if not isinstance(code, int) or isinstance(code, bool):
         return malformed(f"{what}: the answer's retCode is {code!r}, expected an integer.")
     said = f"{what}: the venue answered {code} '{text}'."
-    if code == _TOO_MANY_VISITS:
-        return unreachable(said, wait_s=_reset_wait_s(seen))
+    if code in _TOO_OFTEN_CODES:
+        return unreachable(said, wait_s=reset_wait_s(seen) or _PAUSE_S)
     if code in _TRANSIENT_CODES:
         return unreachable(said)
     if code in _BAN_CODES:
@@ -96,7 +98,9 @@ def _of_status(seen: Seen, what: str) -> Failure:
         if _is_html(seen.body):
             return _forbidden(said)
         return _banned(said)
-    if seen.status == 429 or seen.status >= 500:
+    if seen.status == 429:
+        return unreachable(said, wait_s=reset_wait_s(seen) or _PAUSE_S)
+    if seen.status >= 500:
         return unreachable(said)
     return Failure(VenueRefused(said, "Check --base-url.", seen.status))
 
@@ -122,12 +126,12 @@ def _is_html(body: str) -> bool:
     return head.startswith("<") or "<html" in head
 
 
-def _reset_wait_s(seen: Seen) -> float:
-    """Seconds until the limit resets when the header is sane, else one: it is absent, past or garbage at times."""
+def reset_wait_s(seen: Seen) -> float:
+    """Seconds until the limit of an endpoint resets, 0 when its header does not say: absent, past or garbage."""
     if seen.reset_ms is None:
-        return 1.0
+        return 0.0
     wait_s = (seen.reset_ms - seen.now_ms) / 1000
-    return wait_s if 0 < wait_s <= _MAX_RESET_WAIT_S else 1.0
+    return wait_s if 0 < wait_s <= _MAX_RESET_WAIT_S else 0.0
 
 
 def _reason(error: Exception) -> str:

@@ -6,9 +6,9 @@ of the machine, not of a connector. ``Pace`` is its whole state, in a file when 
 ``RateLimiter`` is how one process draws on it.
 
 The law is the generic cell rate algorithm: each request is given an instant, ``1 / rate`` after the one before, and
-an idle budget lets ``burst`` of them pass at once. In any 5 seconds that is ``5 rate + burst`` requests: 568 by
-default. The rest up to 600 is for requests that were delayed on their way and arrive together, of which there cannot
-be more than there are workers.
+an idle budget lets ``burst`` of them pass at once. In any 5 seconds that is ``5 rate + burst`` requests: 554 by
+default. The rest up to 600 is for requests that were delayed on their way and arrive together with later ones, of
+which there cannot be more than there are workers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 from recur.connectors.ratefile import PaceFile
 from recur.vocabulary import VenueBanned, iso
 
-DEFAULT_RATE_PER_S = 112.0
-DEFAULT_BURST = 8
+DEFAULT_RATE_PER_S = 110.0
+DEFAULT_BURST = 4
 LEGAL_RATE_PER_S = 120.0
 BAN_S = 600.0
 """The venue lifts a ban of an address after ten minutes without requests."""
@@ -75,6 +75,10 @@ class Pace:
         first_s = max(self.next_s, now_s - idle * gap_s)
         return [first_s + i * gap_s for i in range(n)], replace(self, next_s=first_s + n * gap_s)
 
+    def paused(self, now_s: float, pause_s: float) -> Pace:
+        """Closed for ``pause_s``."""
+        return replace(self, next_s=max(self.next_s, now_s + pause_s))
+
     def slowed(self, now_s: float, pause_s: float) -> Pace:
         """At half the rate after ``pause_s``: the venue said it was too much. Complaints of one second count once."""
         share, at_s = self.share_now(now_s), now_s
@@ -82,7 +86,7 @@ class Pace:
             share, at_s = self.share, self.share_at_s
         else:
             share = max(_LEAST_SHARE, share / 2)
-        return replace(self, next_s=max(self.next_s, now_s + pause_s), share=share, share_at_s=at_s)
+        return replace(self.paused(now_s, pause_s), share=share, share_at_s=at_s)
 
     def banned(self, now_s: float, wall_s: float, ban_s: float) -> Pace:
         """Closed for ``ban_s``, then slow: one request, and the full rate two minutes later."""
@@ -133,6 +137,12 @@ class RateLimiter:
             if turn == self._turn:
                 return waited
 
+    def pause(self, pause_s: float) -> None:
+        """Hold everybody back for ``pause_s``."""
+        with self._lock:
+            self._update(lambda pace: (None, pace.paused(self._clock(), pause_s)))
+            self._recall()
+
     def slow_down(self, pause_s: float) -> None:
         """Hold everybody back for ``pause_s`` and go on at half the rate, which recovers slowly."""
         with self._lock:
@@ -156,6 +166,13 @@ class RateLimiter:
 
     def _slot(self) -> float:
         now_s = self._clock()
+        if (
+            self._slots
+            and self._file is not None
+            and (known := self._file.peek())
+            and known[3] > self._wall()
+        ):
+            self._recall()  # another process was banned meanwhile
         while self._slots:
             slot_s, lost_s = self._slots.popleft()
             if now_s <= lost_s:

@@ -138,9 +138,11 @@ def check(window: Window, bars: Bars) -> tuple[Bars, list[int]]:
     step = INTERVALS[window.series.interval]
     if step:
         expected = np.arange(window.since_ms, window.until_ms, step, dtype=np.int64)
+        astray = (opens - window.since_ms) % step != 0
     else:
         expected = np.array(grid(window.since_ms, window.until_ms, window.series.interval), dtype=np.int64)
-    _refuse(window, opens, ~np.isin(opens, expected), "is not on the grid of its interval")
+        astray = ~np.isin(opens, expected)
+    _refuse(window, opens, astray, "is not on the grid of its interval")
     twice = np.zeros(len(opens), dtype=bool)
     twice[1:] = opens[1:] == opens[:-1]
     _refuse(window, opens, twice, "comes twice")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -21,12 +22,13 @@ from recur.connectors.bybit import (
     STATUSES,
     BybitConnector,
 )
-from recur.connectors.windows import Range, Window, count_bars, missing_ranges, plan_windows
+from recur.connectors.windows import PAGE_ROWS, Range, Window, count_bars, missing_ranges, plan_windows
+from recur.pipeline.config import FETCH_KINDS
 from recur.pipeline.gaps import BEFORE_LISTING, DELISTED, Life
+from recur.pipeline.parallel import Parallel
 from recur.pipeline.symbols import expand
 from recur.storage.store import Store
 from recur.vocabulary import (
-    CANDLE_KINDS,
     DAY_MS,
     HOUR_MS,
     INTERVALS,
@@ -48,7 +50,6 @@ FUNDING_TASK_MS = 365 * DAY_MS
 MAX_DRIFT_MS = 5000
 """A clock of this machine that is further off is worth a warning."""
 
-FETCH_KINDS = ("candles", *CANDLE_KINDS[1:], "funding", "open_interest", "long_short", "instruments")
 _KINDS_WITHOUT = {
     "spot": {"mark", "index", "premium", "funding", "open_interest", "long_short"},
     "inverse": {"premium"},
@@ -167,16 +168,22 @@ def plan_fetch(store: Store, connector: BybitConnector, request: FetchRequest) -
     plan.lives = _lives(connector, request.category, symbols)
     # The smaller of two readings: a clock that once stood too late would let open bars pass for closed ones.
     plan.server_ms = min(server_ms, connector.server_time_ms())
-    for symbol in symbols:
-        for kind in kinds:
-            if kind == "funding":
-                _plan_funding(store, plan, Series(request.category, symbol, "", kind))
-            elif kind in POINT_PAGE_ROWS:
-                series = Series(request.category, symbol, point_interval(request.interval), kind)
-                _plan_grid(store, connector, plan, series)
-            else:
-                _plan_grid(store, connector, plan, Series(request.category, symbol, request.interval, kind))
+    wanted = [
+        Series(request.category, symbol, _interval_of(kind, request.interval), kind)
+        for symbol in symbols
+        for kind in kinds
+    ]
+    with store.session() if store.path.exists() else nullcontext():
+        asks = [_asked_range(store, plan, series) for series in wanted]
+    _learn_listings(connector, plan, [ask for ask in asks if ask.starts])
+    for ask in asks:
+        if ask.since_ms < ask.until_ms:
+            (_plan_funding if ask.series.kind == "funding" else _plan_grid)(plan, ask)
     return plan
+
+
+def _interval_of(kind: str, interval: str) -> str:
+    return "" if kind == "funding" else point_interval(interval) if kind in POINT_PAGE_ROWS else interval
 
 
 def point_interval(interval: str) -> str:
@@ -222,77 +229,93 @@ def _since(request: FetchRequest, until_ms: int, record: list[Range]) -> int:
     return until_ms - int((request.days or request.first_days) * DAY_MS)
 
 
-def _plan_grid(store: Store, connector: BybitConnector, plan: FetchPlan, series: Series) -> None:
-    """Plan a series with a grid: candles up to the last closed bar, points up to the last instant."""
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """The range wanted of a series, its record, what of it is settled, and whether the range starts before it."""
+
+    series: Series
+    since_ms: int
+    until_ms: int
+    record: list[Range]
+    done: list[Range]
+    starts: bool
+
+
+def _asked_range(store: Store, plan: FetchPlan, series: Series) -> _Ask:
+    """A series with a grid goes up to its last closed bar, points up to the last instant, funding up to now."""
     request, interval = plan.request, series.interval
-    is_point = series.kind in POINT_PAGE_ROWS
-    newest_ms = floor_open(plan.server_ms - request.lag_ms, interval)
-    if is_point:
-        newest_ms += INTERVALS[interval]
+    newest_ms = plan.server_ms
+    if interval:
+        newest_ms = floor_open(plan.server_ms - request.lag_ms, interval)
+        newest_ms += INTERVALS[interval] if series.kind in POINT_PAGE_ROWS else 0
     until_ms = newest_ms if request.until_ms is None else min(request.until_ms, newest_ms)
     record = store.windows(series)
-    since_ms = ceil_open(_since(request, until_ms, record), interval)
-    if since_ms >= until_ms:
+    since_ms = _since(request, until_ms, record)
+    since_ms = ceil_open(since_ms, interval) if interval else since_ms
+    starts = since_ms < until_ms and (not record or since_ms < record[0][0])
+    done = _settled(store, series, record) if record and until_ms == newest_ms else record
+    return _Ask(series, since_ms, until_ms, record, done, starts)
+
+
+def _settled(store: Store, series: Series, record: list[Range]) -> list[Range]:
+    """The record without its newest part, which is asked again: from the last stored bar, a day at most."""
+    from_ms = record[-1][1] - REREAD_MS
+    if series.interval:  # an event of funding has no place where it should have been
+        last_ms = store.last_open(series)
+        if last_ms is None and series.kind not in POINT_PAGE_ROWS:
+            return record
+        from_ms = max(floor_open(last_ms - 1, series.interval), from_ms) if last_ms is not None else from_ms
+    return [(start, min(end, from_ms)) for start, end in record if start < from_ms]
+
+
+def _learn_listings(connector: BybitConnector, plan: FetchPlan, new: list[_Ask]) -> None:
+    """Ask for the first bar that each new symbol traded; the venue's stated launch time is no lower bound."""
+    symbols = {ask.series.symbol: Series(*_trade_key(plan, ask.series)) for ask in new}
+    if not symbols:
         return
-    done = _settled(store, series, record, until_ms) if until_ms == newest_ms else record
-    if not record or since_ms < record[0][0]:
+    for outcome in Parallel(symbols.values(), connector.first_open, min(connector.workers, len(symbols))):
+        if outcome.error is not None:
+            raise outcome.error
+        symbol = outcome.task.symbol
+        plan.lives[symbol] = Life(outcome.result, plan.lives[symbol].delisted_ms)
+
+
+def _trade_key(plan: FetchPlan, series: Series) -> tuple[str, str, str]:
+    return series.category, series.symbol, series.interval or plan.request.interval
+
+
+def _plan_grid(plan: FetchPlan, ask: _Ask) -> None:
+    series, since_ms, until_ms = ask.series, ask.since_ms, ask.until_ms
+    if ask.starts:
         plan.starts[series] = since_ms
-        _learn_listing(connector, plan, series)
     life = plan.lives[series.symbol]
     listed_ms, delisted_ms = life.listed_ms, life.delisted_ms
     # Other kinds of price may start earlier and end later than trading, so their windows are asked.
     if series.kind == "trade" and listed_ms is not None and since_ms < listed_ms:
-        _leave_out(plan, series, since_ms, min(listed_ms, until_ms), record, BEFORE_LISTING)
+        _leave_out(plan, ask, since_ms, min(listed_ms, until_ms), BEFORE_LISTING)
         since_ms = min(listed_ms, until_ms)
-    if series.kind == "trade" and delisted_ms is not None and ceil_open(delisted_ms, interval) < until_ms:
-        end_ms = max(since_ms, ceil_open(delisted_ms, interval))
-        _leave_out(plan, series, end_ms, until_ms, record, DELISTED)
+    if (
+        series.kind == "trade"
+        and delisted_ms is not None
+        and ceil_open(delisted_ms, series.interval) < until_ms
+    ):
+        end_ms = max(since_ms, ceil_open(delisted_ms, series.interval))
+        _leave_out(plan, ask, end_ms, until_ms, DELISTED)
         until_ms = end_ms
-    limit = POINT_PAGE_ROWS[series.kind] if is_point else 1000
-    plan.windows.extend(plan_windows(series, since_ms, until_ms, done, limit))
+    limit = POINT_PAGE_ROWS.get(series.kind, PAGE_ROWS)
+    plan.windows.extend(plan_windows(series, since_ms, until_ms, ask.done, limit))
 
 
-def _leave_out(
-    plan: FetchPlan, series: Series, since_ms: int, until_ms: int, record: list[Range], reason: str
-) -> None:
-    for start, end in missing_ranges(since_ms, until_ms, record):
-        n_bars = count_bars(start, end, series.interval)
+def _leave_out(plan: FetchPlan, ask: _Ask, since_ms: int, until_ms: int, reason: str) -> None:
+    for start, end in missing_ranges(since_ms, until_ms, ask.record):
+        n_bars = count_bars(start, end, ask.series.interval)
         if n_bars:
-            plan.unasked.append((Window(series, start, end, n_bars), reason))
+            plan.unasked.append((Window(ask.series, start, end, n_bars), reason))
 
 
-def _settled(store: Store, series: Series, record: list[Range], until_ms: int) -> list[Range]:
-    """The record without its newest part, which is asked again: from the last stored bar, a day at most."""
-    if not record:
-        return record
-    last_ms = store.last_open(series)
-    if last_ms is None:
-        return _without_tail(record, record[-1][1] - REREAD_MS) if series.kind in POINT_PAGE_ROWS else record
-    return _without_tail(record, max(floor_open(last_ms - 1, series.interval), record[-1][1] - REREAD_MS))
-
-
-def _without_tail(record: list[Range], from_ms: int) -> list[Range]:
-    return [(start, min(end, from_ms)) for start, end in record if start < from_ms]
-
-
-def _learn_listing(connector: BybitConnector, plan: FetchPlan, series: Series) -> None:
-    """Ask once per symbol for the first bar it traded; the venue's stated launch time is no lower bound."""
-    life = plan.lives[series.symbol]
-    if life.listed_ms is None:
-        listed_ms = connector.first_open(Series(series.category, series.symbol, series.interval))
-        plan.lives[series.symbol] = Life(listed_ms, life.delisted_ms)
-
-
-def _plan_funding(store: Store, plan: FetchPlan, series: Series) -> None:
-    request = plan.request
-    until_ms = plan.server_ms if request.until_ms is None else min(request.until_ms, plan.server_ms)
-    record = store.windows(series)
-    since_ms = _since(request, until_ms, record)
-    if record and until_ms == plan.server_ms:
-        record = _without_tail(record, record[-1][1] - REREAD_MS)  # an event may have come late
-    listed_ms = plan.lives[series.symbol].listed_ms or since_ms
-    for start, end in missing_ranges(since_ms, until_ms, record):
+def _plan_funding(plan: FetchPlan, ask: _Ask) -> None:
+    listed_ms = plan.lives[ask.series.symbol].listed_ms or ask.since_ms
+    for start, end in missing_ranges(ask.since_ms, ask.until_ms, ask.done):
         # Before the listing there is nothing to page through, so all of that goes with the first task.
         cuts = range(max(start, min(listed_ms, end)) + FUNDING_TASK_MS, end, FUNDING_TASK_MS)
-        edges = [start, *cuts, end]
-        plan.funding.extend(FundingRange(series, a, b) for a, b in pairwise(edges))
+        plan.funding.extend(FundingRange(ask.series, a, b) for a, b in pairwise([start, *cuts, end]))

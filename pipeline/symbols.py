@@ -12,17 +12,13 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from recur.connectors.bybit import BybitConnector
+from recur.pipeline.config import is_pattern
 from recur.storage.store import Store
 from recur.vocabulary import DAY_MS, DataMissing, UsageError, iso, parse_symbol, parse_time
 
 RANKED_DAYS = 30
 _TOP = re.compile(r"top:(\d+)(?:@(.+))?", re.IGNORECASE)
 _DOLLARS = ("USDT", "USDC")  # spot pairs of other quotes cannot be compared with these
-
-
-def is_pattern(word: str) -> bool:
-    """Whether ``word`` stands for symbols that have yet to be found, rather than for one."""
-    return "*" in word or "?" in word or word.lower().startswith("top:")
 
 
 def expand(words: Iterable[str], category: str, connector: BybitConnector, store: Store) -> tuple[str, ...]:
