@@ -25,6 +25,9 @@ from recur.vocabulary import StoreBusy
 
 CHECKPOINT_AT = "64MB"
 """Size of the write-ahead log at which a session writes it into the file; a single write does so at its end."""
+ROW_GROUP = 16_384
+"""Rows per stored group. A batch of some ten thousand rows fills whole groups, which go into the file at once instead of
+first into the log, and a page of a thousand rewrites at most one small group. The file grows by a fifth."""
 _LOOK_S = 0.02  # how often an idle session looks whether another process waits
 _YIELD_S = 1.0  # how long a session lets those who wait go first
 
@@ -68,6 +71,8 @@ class AttachedFile:
         self._read_only = False
         self._name = ""
         self._yielded = False
+        self.checked = False
+        """Whether the schema of what is attached now is known to be current."""
 
     @contextmanager
     def hold(self, wait_s: float) -> Iterator[None]:
@@ -98,12 +103,13 @@ class AttachedFile:
             _names += 1
             name = f"store_{_names}"
         try:
-            mode = "READ_ONLY, TYPE duckdb" if read_only else "TYPE duckdb"
+            mode = "TYPE duckdb, READ_ONLY" if read_only else f"TYPE duckdb, ROW_GROUP_SIZE {ROW_GROUP}"
             control.execute(f"ATTACH '{str(self.path).replace(chr(39), chr(39) * 2)}' AS {name} ({mode})")
         except BaseException:
             control.close()
             raise
         self._control, self._read_only, self._name = control, read_only, name
+        self.checked = False
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
         """A connection whose default database is the attached file. Close it before the turn ends."""

@@ -102,7 +102,9 @@ def write_connection(path: Path, wait_s: float) -> Iterator[duckdb.DuckDBPyConne
         try:
             con = file.cursor()
             try:
-                upgrade(con)
+                if not file.checked:
+                    upgrade(con)
+                    file.checked = True
                 con.execute("BEGIN")
                 yield con
                 con.execute("COMMIT")
@@ -125,7 +127,7 @@ def read_connection(path: Path, wait_s: float) -> Iterator[duckdb.DuckDBPyConnec
             _attach(file, read_only=True, wait_s=wait_s)
         try:
             con = file.cursor()
-            if stored_version(con) < VERSION:  # made by an older program, or its making was cut short
+            if not file.checked and stored_version(con) < VERSION:  # made by an older program, or its making was cut short
                 con.close()
                 file.detach()
                 _attach(file, read_only=False, wait_s=wait_s)
