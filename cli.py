@@ -494,32 +494,48 @@ def _all_recorded(store: Store, config: Config) -> bool:
 
 @app.command()
 def status(ctx: typer.Context) -> None:
-    """Show what is stored: series, ranges, gaps, freshness, runs, last forecasts."""
+    """Show what is stored, as a certificate: ranges, gaps with reasons, freshness, content hashes; and the runs."""
+    from recur.pipeline.certificate import certify
     from recur.storage.runs import list_runs
 
     state: State = ctx.obj
     store = state.store(state.config())
-    series: list[dict[str, Any]] = []
+    held: dict[str, Any] = {"series": [], "sha256": None, "rules": {}}
     forecasts: list[dict[str, Any]] = []
     if store.path.exists():
-        series, forecasts = store.series_summary().to_dicts(), store.forecasts(5).to_dicts()
-    for row in series:
-        row["age_hours"] = round((_now_ms() - to_ms(row["last"])) / 3_600_000, 2)
+        held, forecasts = certify(store, _now_ms()), store.forecasts(5).to_dicts()
     runs = [{"run_id": item.run_id, "status": item.status()} for item in list_runs(state.home)]
-    document = {"home": str(state.home.resolve()), "series": series, "runs": runs, "forecasts": forecasts}
+    document = {"home": str(state.home.resolve()), **held, "runs": runs, "forecasts": forecasts}
 
     def people() -> None:
-        if not series:
+        if not held["series"]:
             print(f"Nothing is stored in {state.home} yet: recur fetch brings data.")
         else:
-            columns = ["series", "rows", "first", "last", "gaps", "missing", "age_hours"]
-            _table(f"Series in {store.path}", columns, ([row[key] for key in columns] for row in series))
+            _say_certificate(f"Series in {store.path}", held)
         if runs:
             _table("Runs", ["run_id", "status"], (list(item.values()) for item in runs))
         if forecasts:
             _say_forecasts("Last forecasts", forecasts)
 
     state.result(document, people)
+
+
+def _say_certificate(title: str, held: Mapping[str, Any]) -> None:
+    columns = ["series", "rows", "first", "last", "gaps", "missing", "unexplained", "zero_volume", "outliers"]
+    columns += ["revisions", "age_hours", "sha256"]
+    shown = ([row[key] for key in columns[:-1]] + [row["sha256"][:12]] for row in held["series"])
+    _table(title, columns, shown)
+    reasons: dict[tuple[str, str], list[int]] = {}
+    for row in held["series"]:
+        for hole in row["holes"]:
+            reasons.setdefault((row["series"], hole["reason"]), []).append(hole["bars"])
+    if reasons:
+        _table(
+            "What is absent, and why (--json lists each)",
+            ["series", "reason", "ranges", "bars", "longest"],
+            ([*key, len(bars), sum(bars), max(bars)] for key, bars in reasons.items()),
+        )
+    print(f"Content of the store: sha256 {held['sha256']}")
 
 
 @app.command()
