@@ -358,6 +358,9 @@ Symbols = Annotated[
 Interval = Annotated[str | None, typer.Option("-i", "--interval", help="Bar length: 1m … 1h … 1d 1w 1M.")]
 Category = Annotated[str | None, typer.Option(help="linear, inverse or spot.")]
 BaseUrl = Annotated[str | None, typer.Option(help="Other address of the venue.")]
+AllowGaps = Annotated[
+    bool, typer.Option("--allow-gaps", help="Use ranges with holes that nothing explains.")
+]
 Since = Annotated[str | None, typer.Option(metavar="TIME", help="From this UTC time on, ISO-8601.")]
 Until = Annotated[str | None, typer.Option(metavar="TIME", help="Before this UTC time, ISO-8601.")]
 Model = Annotated[str | None, typer.Option(help="Name of the model.")]
@@ -500,7 +503,7 @@ def status(ctx: typer.Context) -> None:
 
     state: State = ctx.obj
     store = state.store(state.config())
-    held: dict[str, Any] = {"series": [], "sha256": None, "rules": {}}
+    held: dict[str, Any] = {"series": [], "measures": [], "sha256": None, "rules": {}}
     forecasts: list[dict[str, Any]] = []
     if store.path.exists():
         held, forecasts = certify(store, _now_ms()), store.forecasts(5).to_dicts()
@@ -508,7 +511,7 @@ def status(ctx: typer.Context) -> None:
     document = {"home": str(state.home.resolve()), **held, "runs": runs, "forecasts": forecasts}
 
     def people() -> None:
-        if not held["series"]:
+        if not held["sha256"]:
             print(f"Nothing is stored in {state.home} yet: recur fetch brings data.")
         else:
             _say_certificate(f"Series in {store.path}", held)
@@ -523,10 +526,10 @@ def status(ctx: typer.Context) -> None:
 def _say_certificate(title: str, held: Mapping[str, Any]) -> None:
     columns = ["series", "rows", "first", "last", "gaps", "missing", "unexplained", "zero_volume", "outliers"]
     columns += ["revisions", "age_hours", "sha256"]
-    shown = ([row[key] for key in columns[:-1]] + [row["sha256"][:12]] for row in held["series"])
-    _table(title, columns, shown)
+    every = [*held["series"], *held["measures"]]
+    _table(title, columns, ([row[key] for key in columns[:-1]] + [row["sha256"][:12]] for row in every))
     reasons: dict[tuple[str, str], list[int]] = {}
-    for row in held["series"]:
+    for row in every:
         for hole in row["holes"]:
             reasons.setdefault((row["series"], hole["reason"]), []).append(hole["bars"])
     if reasons:
@@ -552,6 +555,7 @@ def train(
     since: Since = None,
     until: Until = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this unfinished run.")] = None,
+    allow_gaps: AllowGaps = False,
 ) -> None:
     """Train one model on what is stored."""
     if what != "price":
@@ -563,7 +567,9 @@ def train(
     )  # fmt: skip
     from recur.pipeline.train import train_price
 
-    metrics = train_price(state.home, config, resume=resume, progress=state.progress)
+    metrics = train_price(
+        state.home, config, resume=resume, progress=state.progress, allow_gaps=allow_gaps
+    )
     state.result(metrics, lambda: _say_metrics(metrics))
 
 
@@ -584,6 +590,7 @@ def backtest(
     symbols: Symbols = None,
     interval: Interval = None,
     require_edge: RequireEdge = False,
+    allow_gaps: AllowGaps = False,
 ) -> None:
     """Walk forward out of sample, trade with costs, compare with the baselines."""
     state: State = ctx.obj
@@ -595,7 +602,9 @@ def backtest(
     from recur.pipeline.backtest import run_backtest
     from recur.pipeline.verdict import verdict_text
 
-    metrics = run_backtest(state.home, config, run=run, progress=state.progress)
+    metrics = run_backtest(
+        state.home, config, run=run, progress=state.progress, allow_gaps=allow_gaps
+    )
 
     def people() -> None:
         _say_metrics(metrics)

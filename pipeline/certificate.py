@@ -18,7 +18,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from recur.storage.store import Store
-from recur.vocabulary import INTERVALS, Series, ceil_open, floor_open, grid, iso, next_open
+from recur.vocabulary import CANDLE_KINDS, INTERVALS, Series, ceil_open, floor_open, grid, iso, next_open
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -152,9 +152,10 @@ def name_of(series: Series) -> str:
 
 
 def certify(store: Store, now_ms: int) -> dict[str, Any]:
-    """The certificate of a store: ``series`` (one object each), ``sha256`` of all, and the ``rules`` of counting.
+    """The certificate of a store: ``series`` of candles and ``measures`` (funding, open interest, long/short ratios), one
+    object each, ``sha256`` of all, and the ``rules`` of counting.
 
-    Each series has its name and parts, ``rows``, ``first``, ``last``, ``gaps`` and ``missing`` bars between them, the
+    Each has its name and parts, ``rows``, ``first``, ``last``, ``gaps`` and ``missing`` bars between them, the
     ``holes`` with reasons, ``unexplained`` bars, ``zero_volume``, ``outliers``, ``revisions``, ``age_hours`` since the
     last row, closed bars it lies ``behind``, and ``sha256``. Figures that a kind does not have are None.
     """
@@ -195,7 +196,8 @@ def certify(store: Store, now_ms: int) -> dict[str, Any]:
         }
         out.append(row)
     return {
-        "series": out,
+        "series": [row for row in out if row["kind"] in CANDLE_KINDS],
+        "measures": [row for row in out if row["kind"] not in CANDLE_KINDS],
         "sha256": store_hash((row["series"], row["sha256"]) for row in out),
         "rules": RULES,
     }
