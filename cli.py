@@ -24,7 +24,17 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from recur.pipeline.config import Config, Provenance, load_config, starter_toml
-from recur.vocabulary import DataMissing, RecurError, Series, UsageError, did_you_mean, iso, parse_time, to_ms
+from recur.vocabulary import (
+    CheckFailed,
+    DataMissing,
+    RecurError,
+    Series,
+    UsageError,
+    did_you_mean,
+    iso,
+    parse_time,
+    to_ms,
+)
 
 if TYPE_CHECKING:
     from recur.connectors.sandbox.world import World
@@ -358,9 +368,7 @@ Symbols = Annotated[
 Interval = Annotated[str | None, typer.Option("-i", "--interval", help="Bar length: 1m … 1h … 1d 1w 1M.")]
 Category = Annotated[str | None, typer.Option(help="linear, inverse or spot.")]
 BaseUrl = Annotated[str | None, typer.Option(help="Other address of the venue.")]
-AllowGaps = Annotated[
-    bool, typer.Option("--allow-gaps", help="Use ranges with holes that nothing explains.")
-]
+AllowGaps = Annotated[bool, typer.Option("--allow-gaps", help="Use ranges with holes that nothing explains.")]
 Since = Annotated[str | None, typer.Option(metavar="TIME", help="From this UTC time on, ISO-8601.")]
 Until = Annotated[str | None, typer.Option(metavar="TIME", help="Before this UTC time, ISO-8601.")]
 Model = Annotated[str | None, typer.Option(help="Name of the model.")]
@@ -567,9 +575,7 @@ def train(
     )  # fmt: skip
     from recur.pipeline.train import train_price
 
-    metrics = train_price(
-        state.home, config, resume=resume, progress=state.progress, allow_gaps=allow_gaps
-    )
+    metrics = train_price(state.home, config, resume=resume, progress=state.progress, allow_gaps=allow_gaps)
     state.result(metrics, lambda: _say_metrics(metrics))
 
 
@@ -602,9 +608,7 @@ def backtest(
     from recur.pipeline.backtest import run_backtest
     from recur.pipeline.verdict import verdict_text
 
-    metrics = run_backtest(
-        state.home, config, run=run, progress=state.progress, allow_gaps=allow_gaps
-    )
+    metrics = run_backtest(state.home, config, run=run, progress=state.progress, allow_gaps=allow_gaps)
 
     def people() -> None:
         _say_metrics(metrics)
@@ -909,10 +913,29 @@ def doctor(
     ctx: typer.Context,
     offline: Annotated[bool, typer.Option("--offline", help="Do not ask the venue.")] = False,
     base_url: BaseUrl = None,
+    archive: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Compare stored bars with these trade files of the venue instead."),
+    ] = None,
+    more: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="More files for --archive.")
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Clear up after crashes, and check every row.")
+    ] = False,
 ) -> None:
-    """Check the installation: versions, GPU, disk, store, venue and clock. Exit 1 when a check fails."""
+    """Check the installation: versions, GPU, disk, store, venue and clock. Exit 1 when a check fails.
+
+    --archive rebuilds bars from trades and exits 4 when a stored bar differs; --repair never removes a stored row.
+    """
     state: State = ctx.obj
     config = state.config(fetch__base_url=base_url)
+    if more and not archive:
+        raise UsageError(f"doctor takes no argument '{more[0]}'.", "Give trade files as --archive FILE...")
+    if archive:
+        return _doctor_archive(state, config, [*archive, *(more or [])])
+    if repair:
+        return _doctor_repair(state, config)
     checks = [("recur", True, f"{_version('recur')}, Python {sys.version.split()[0]}")]
     for package in (
         "torch",
@@ -942,6 +965,35 @@ def doctor(
         ),
     )
     if not ok:
+        raise typer.Exit(1)
+
+
+def _doctor_archive(state: State, config: Config, files: Sequence[Path]) -> None:
+    from recur.pipeline.archive import check_archives
+
+    found = check_archives(state.store(config), files)
+
+    def people() -> None:
+        columns = ["series", "bars", "equal", "differing", "absent"]
+        for file in found["files"]:
+            title = f"{file['file']}: {file['trades']:,} trades, {file['since']} to {file['until']}"
+            _table(title, columns, ([row[key] for key in columns] for row in file["series"]))
+        shown = found["differences"][:20]
+        if shown:
+            title = f"The first {len(shown)} of {len(found['differences'])} differences (--json lists all)"
+            _table(title, list(shown[0]), (list(row.values()) for row in shown))
+
+    state.result(found, people)
+    if not found["ok"]:
+        raise typer.Exit(CheckFailed.exit_code)
+
+
+def _doctor_repair(state: State, config: Config) -> None:
+    from recur.pipeline.repair import repair
+
+    found = repair(state.home, state.store(config), _now_ms())
+    state.result(found, lambda: _table("Repair", ["", ""], ([k, to_json(v)] for k, v in found.items())))
+    if not found["ok"]:
         raise typer.Exit(1)
 
 

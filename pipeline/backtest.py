@@ -29,7 +29,14 @@ from recur.pipeline.config import Config, dump_toml
 from recur.pipeline.dataset import RawSeries, Split, arrays, make_split
 from recur.pipeline.fit import choose_device
 from recur.pipeline.inference import Forecast, forecast
-from recur.pipeline.load import data_end_ms, open_store, pool_series, refuse_unexplained, snapshot, stored_series
+from recur.pipeline.load import (
+    data_end_ms,
+    open_store,
+    pool_series,
+    refuse_unexplained,
+    snapshot,
+    stored_series,
+)
 from recur.pipeline.report import write_report
 from recur.pipeline.rows import forecast_rows
 from recur.pipeline.train import fit_fold, gap_ms

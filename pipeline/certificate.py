@@ -65,7 +65,9 @@ def holes(times: Ints, interval: str, asked: Sequence[Asked]) -> list[Hole]:
         return []
     windows = [(since, until, status, reason) for since, until, status, reason in asked if since < until]
     ends = _next(times, interval)
-    spans = [(int(a), int(b)) for a, b in zip(ends[:-1], times[1:], strict=True) if a < b] if len(times) else []
+    spans = (
+        [(int(a), int(b)) for a, b in zip(ends[:-1], times[1:], strict=True) if a < b] if len(times) else []
+    )
     first, end = int(times[0]), int(ends[-1])
     if windows:
         start = ceil_open(min(w[0] for w in windows), interval)

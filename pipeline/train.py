@@ -16,7 +16,14 @@ from recur.pipeline.config import Config, dump_toml, load_config
 from recur.pipeline.dataset import RawSeries, SeriesArrays, Split, arrays, fit_transform, make_split
 from recur.pipeline.features import FeatureTransform
 from recur.pipeline.fit import choose_device, fit
-from recur.pipeline.load import data_end_ms, open_store, pool_series, refuse_unexplained, snapshot, stored_series
+from recur.pipeline.load import (
+    data_end_ms,
+    open_store,
+    pool_series,
+    refuse_unexplained,
+    snapshot,
+    stored_series,
+)
 from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id
 from recur.vocabulary import INTERVALS, UsageError, did_you_mean, iso, next_open, parse_time
 

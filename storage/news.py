@@ -101,6 +101,8 @@ def put_sentiment(con: duckdb.DuckDBPyConnection, frame: pl.DataFrame) -> int:
 def sentiment(con: duckdb.DuckDBPyConnection, run_id: str | None) -> pl.DataFrame:
     """The scores of a run (None: of all)."""
     where, params = ("run_id = ?", [run_id]) if run_id is not None else ("true", [])
-    query = f"SELECT {', '.join(SENTIMENT_SCHEMA)} FROM sentiment WHERE {where} ORDER BY run_id, news_id, version"
+    query = (
+        f"SELECT {', '.join(SENTIMENT_SCHEMA)} FROM sentiment WHERE {where} ORDER BY run_id, news_id, version"
+    )
     found: pl.DataFrame = con.sql(query, params=params).pl()
     return aware(found, SENTIMENT_SCHEMA)

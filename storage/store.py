@@ -153,9 +153,7 @@ class Store:
         asked = asked_ranges(rows, windows) if windows else asked_file(rows, table)
         return self._put(rows, table, asked, source, now_ms) if asked else PutResult()
 
-    def _put(
-        self, rows: Rows, table: Table, asked: Sequence[Asked], source: str, now_ms: int
-    ) -> PutResult:
+    def _put(self, rows: Rows, table: Table, asked: Sequence[Asked], source: str, now_ms: int) -> PutResult:
         with self.write() as con:
             result = merge(con, rows, table, source=source, now_ms=now_ms)
             record(con, asked, source, now_ms)
