@@ -142,14 +142,13 @@ class AttachedFile:
 
     def finish(self) -> None:
         """End of a turn: keep the file when a session is open and nobody waits for it."""
-        if not self.sessions:
+        waited_for = someone_waits(self.path)
+        if waited_for or not self.sessions:
             self.detach()
-        elif self.attached and someone_waits(self.path):
-            self.detach()
-            self._yielded = True
+            self._yielded = waited_for
 
     def give_way(self) -> None:
-        """Before taking the file again after handing it over: let those who waited go first, for a second at most."""
+        """Before taking the file again after others waited for it: let them go first, for a second at most."""
         if not self._yielded:
             return
         self._yielded = False
