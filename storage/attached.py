@@ -168,13 +168,13 @@ class AttachedFile:
                     self._turn.release()
 
 
-_files: dict[Path, AttachedFile] = {}
+_files: dict[tuple[int, Path], AttachedFile] = {}
 
 
 def file_at(path: Path) -> AttachedFile:
-    """The one object for a path in this process."""
+    """The one object for a path in this process (a forked child has its own)."""
     with _guard:
-        return _files.setdefault(path.resolve(), AttachedFile(path))
+        return _files.setdefault((os.getpid(), path.resolve()), AttachedFile(path))
 
 
 @contextmanager
