@@ -168,7 +168,7 @@ def plan_fetch(store: Store, connector: BybitConnector, request: FetchRequest) -
     symbols = expand(request.symbols, request.category, connector, store) if kinds else ()
     plan.lives = _lives(connector, request.category, symbols)
     # The smaller of two readings: a clock that once stood too late would let open bars pass for closed ones.
-    plan.server_ms = min(server_ms, connector.server_time_ms())
+    plan.server_ms = min(server_ms, connector.time_ms)
     wanted = [
         Series(request.category, symbol, _interval_of(kind, request.interval), kind)
         for symbol in symbols
