@@ -112,7 +112,10 @@ def _not_json(seen: Seen, what: str) -> Failure:
 
 
 def _banned(said: str) -> Failure:
-    hint = "Too many requests from this address: stop every program that asks the venue, or give --wait-ban."
+    hint = (
+        "Too many requests from this address: stop every program that asks the venue, or give --wait-ban."
+        " If there were few, the venue may not serve this address: set --base-url to a host that does."
+    )
     return Failure(VenueBanned(said, hint))
 
 

@@ -64,6 +64,8 @@ def run_fetch(
     summary = FetchSummary(series=_names(plan), clock_drift_s=plan.drift_ms / 1000)
     if plan.request.dry_run:
         return summary
+    for window, reason in plan.unasked:
+        summary.reasons[reason] = summary.reasons.get(reason, 0) + window.expected
     tasks: list[Task] = [*plan.windows, *plan.funding]
     workers = max(1, min(plan.request.workers or connector.workers, len(tasks)))
     errors: list[Exception] = []

@@ -133,7 +133,8 @@ class FetchPlan:
 
     def as_dict(self) -> dict[str, Any]:
         per_series: dict[str, dict[str, Any]] = {}
-        for task in [*self.windows, *self.funding]:
+        tasks: list[Window | FundingRange] = [*self.windows, *self.funding]
+        for task in tasks:
             name = series_name(task.series)
             row = per_series.setdefault(name, {"series": name, "since": iso(task.since_ms), "windows": 0})
             row["until"] = iso(task.until_ms)
@@ -292,14 +293,12 @@ def _plan_grid(plan: FetchPlan, ask: _Ask) -> None:
     life = plan.lives[series.symbol]
     listed_ms, delisted_ms = life.listed_ms, life.delisted_ms
     # Other kinds of price may start earlier and end later than trading, so their windows are asked.
-    if series.kind == "trade" and listed_ms is not None and since_ms < listed_ms:
+    of_trading = series.kind == "trade" or series.kind in POINT_PAGE_ROWS
+    if of_trading and listed_ms is not None and since_ms < listed_ms:
+        listed_ms = floor_open(listed_ms, series.interval)
         _leave_out(plan, ask, since_ms, min(listed_ms, until_ms), BEFORE_LISTING)
         since_ms = min(listed_ms, until_ms)
-    if (
-        series.kind == "trade"
-        and delisted_ms is not None
-        and ceil_open(delisted_ms, series.interval) < until_ms
-    ):
+    if of_trading and delisted_ms is not None and ceil_open(delisted_ms, series.interval) < until_ms:
         end_ms = max(since_ms, ceil_open(delisted_ms, series.interval))
         _leave_out(plan, ask, end_ms, until_ms, DELISTED)
         until_ms = end_ms

@@ -195,6 +195,15 @@ def test_open_interest_and_ratios_fill_their_grid_up_to_the_last_instant(
     assert ratios.select("buy_ratio", "sell_ratio").unique().rows() == [(0.6, 0.4)]
 
 
+def test_points_before_the_listing_are_not_asked_for(exchange: Running, tmp_path: Path) -> None:
+    _, url = exchange
+    summary = fetch(
+        tmp_path, url, kinds=("long_short",), since_ms=START - 100 * DAY_MS, until_ms=START + DAY_MS
+    )
+    assert (summary.windows, summary.requests, summary.new) == (1, 1, 24)
+    assert gaps(tmp_path, "long_short") == [(-2400, 0, 0, 2400, "before listing")]
+
+
 def test_points_are_fetched_again_only_at_their_end(exchange: Running, tmp_path: Path) -> None:
     venue, url = exchange
     fetch(tmp_path, url, kinds=("open_interest",), since_ms=START)
@@ -290,7 +299,7 @@ def test_gaps_say_maintenance_where_the_venue_announced_one(exchange: Running, t
 def test_nothing_is_asked_after_a_delisting(exchange: Running, tmp_path: Path) -> None:
     venue, url = exchange
     summary = fetch(tmp_path, url, "GONEUSDT", since_ms=START)
-    assert (summary.new, summary.gaps) == (240, 0)
+    assert (summary.new, summary.gaps, summary.reasons) == (240, 0, {"delisted": 240})
     assert gaps(tmp_path) == [(240, 480, 0, 240, "delisted")]
     venue.asked.clear()
     venue.now_ms += 5 * HOUR_MS

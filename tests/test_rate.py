@@ -300,3 +300,41 @@ def test_two_connectors_of_one_exchange_stay_below_its_limit_and_one_ban_stops_b
         with pytest.raises(VenueBanned, match="nothing was sent"):
             BybitConnector(server.base_url).server_time_ms()
         assert server.limit.refused == asked == 1
+
+
+FETCH = textwrap.dedent(
+    """
+    import sys
+    from pathlib import Path
+    from recur.connectors.bybit import BybitConnector
+    from recur.pipeline.fetch import FetchRequest, plan_fetch, run_fetch
+    from recur.storage.store import Store
+
+    url, home, symbol, since = sys.argv[1:]
+    store, connector = Store(Path(home)), BybitConnector(url)
+    plan = plan_fetch(store, connector, FetchRequest((symbol,), interval="1m", since_ms=int(since)))
+    print(run_fetch(store, connector, plan).new)
+    """
+)
+
+
+@pytest.mark.full
+def test_two_fetches_at_once_at_the_default_rate_come_near_the_limit_and_are_never_banned(
+    tmp_path: Path,
+) -> None:
+    start = parse_time("2023-01-01")
+    end = start + 700_000 * 60_000
+    world = GeneratedMarket(1, start, end, symbols=("BTCUSDT", "ETHUSDT"), base_interval="1m")
+    with SandboxServer(world, VirtualClock(world.end_ms), enforce_limit=True, latency_s=0.05) as server:
+        fetches = [
+            subprocess.Popen(
+                [sys.executable, "-c", FETCH, server.base_url, str(tmp_path / symbol), symbol, str(start)],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for symbol in ("BTCUSDT", "ETHUSDT")
+        ]
+        done = [int(process.communicate()[0]) for process in fetches]
+        assert done == [700_000, 700_000]
+        assert server.limit.refused == 0
+        assert 400 < server.limit.most_in_window <= 600
