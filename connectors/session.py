@@ -93,7 +93,7 @@ class VenueSession:
         self._seen = threading.local()
         self._idle: list[HTTP] = []
         self._lock = threading.Lock()
-        self._requests = 0
+        self._requests = self._time_ms = 0
         self._forbidden: tuple[VenueError, float] | None = None  # until this clock time
         self._told_ban = -math.inf
 
@@ -101,6 +101,11 @@ class VenueSession:
     def requests(self) -> int:
         """Requests sent so far, retries included."""
         return self._requests
+
+    @property
+    def time_ms(self) -> int:
+        """The venue's clock at its last answer, 0 before any."""
+        return self._time_ms
 
     @property
     def is_public(self) -> bool:
@@ -125,6 +130,7 @@ class VenueSession:
             try:
                 reply = envelope(self._send(what, call))
                 self._heed_limit()
+                self._time_ms = reply.time_ms
                 return read(reply)
             except _Failed as failed:
                 failure, cause = failed.failure, failed.__cause__
