@@ -209,6 +209,7 @@ class VenueSession:
         _quiet_pybit()
         session.endpoint = self.base_url
         session.client.trust_env = self.is_public  # no proxy to ourselves
+        session.client.max_redirects = 0  # another host is not the venue that was asked
         session.client.hooks["response"].append(self._receive)
         return session
 

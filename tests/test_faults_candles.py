@@ -3,6 +3,7 @@ fetch ends with the right error and the next one makes the store equal."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from recur.connectors.sandbox.faults import Rule
 from recur.connectors.sandbox.generated import GeneratedMarket
+from recur.connectors.sandbox.server import SandboxServer, VirtualClock
 from recur.storage.store import Store
 from recur.vocabulary import (
     HOUR_MS,
@@ -205,6 +207,22 @@ def test_nothing_is_sent_during_a_ban_which_asking_would_extend(venue: Venue, tm
     with pytest.raises(VenueBanned):  # another program that asks on
         hurried(venue.server.base_url).server_time_ms()
     assert venue.server.limit.refused == 1
+
+
+def test_a_redirect_to_another_host_is_not_followed(venue: Venue, tmp_path: Path) -> None:
+    with SandboxServer(venue.market, VirtualClock(NOW)) as other:
+        elsewhere = {"location": f"{other.base_url}/v5/market/time"}
+        venue.suffers(Rule("redirect", "/v5/market/time", count=2, options=elsewhere))
+        assert hurried(venue.server.base_url).server_time_ms() == NOW
+    assert other.requests == {} and venue.server.fault_counts == {"redirect": 2}
+
+
+def test_a_body_that_drips_for_long_ends_with_its_deadline(venue: Venue) -> None:
+    venue.suffers(Rule("drip", options={"seconds": 10.0}))
+    began = time.monotonic()
+    with pytest.raises(VenueUnreachable):
+        hurried(venue.server.base_url, attempts=1).server_time_ms()
+    assert time.monotonic() - began < 8.0
 
 
 def test_a_renamed_symbol_is_reported_with_the_name_the_venue_has(venue: Venue, tmp_path: Path) -> None:

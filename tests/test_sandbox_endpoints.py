@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pybit.exceptions import InvalidRequestError
 from pybit.unified_trading import HTTP
 
 from recur.connectors.sandbox.endpoints import Endpoints
 from recur.connectors.sandbox.generated import GeneratedMarket, extra_lives
 from recur.connectors.sandbox.replay import ReplayMarket
+from recur.connectors.sandbox.rows import RowTexts
 from recur.connectors.sandbox.server import SandboxServer, VirtualClock
-from recur.connectors.sandbox.world import DELIVERY_MS, Life, Maintenance
+from recur.connectors.sandbox.world import DELIVERY_MS, Candles, Life, Maintenance
 from recur.vocabulary import DAY_MS, HOUR_MS, MINUTE_MS, parse_time
 
 T0 = parse_time("2025-01-01")
@@ -292,3 +295,42 @@ def test_a_replayed_market_answers_with_empty_lists_for_what_was_not_recorded() 
         (row,) = made.get_tickers(**BTC)["result"]["list"]
         assert row["lastPrice"] == "1.5" and row["markPrice"] == row["openInterest"] == ""
         made.client.close()
+
+
+# -- the texts of rows ----------------------------------------------------------------------------------------------
+
+
+@given(
+    values=st.lists(st.floats(allow_nan=True, allow_infinity=False, width=64), min_size=1, max_size=12),
+    cut=st.tuples(st.integers(0, 12), st.integers(0, 12)),
+)
+def test_rows_read_back_as_the_same_numbers_whatever_they_are(
+    values: list[float], cut: tuple[int, int]
+) -> None:
+    column = np.array(values)
+    bars = Candles(np.arange(len(values)) * HOUR_MS, column, column, column, column, column, column)
+    low, high = min(*cut, len(values)), min(max(cut), len(values))
+    rows = json.loads(b"[" + RowTexts(bars, True).newest_first(low, high) + b"]")
+    assert [int(row[0]) for row in rows] == [at * HOUR_MS for at in reversed(range(low, high))]
+    for at, row in zip(reversed(range(low, high)), rows, strict=True):
+        assert row[1:] == [row[1]] * 6 and "e" not in row[1].lower()
+        assert float(row[1]) == values[at] if row[1] else np.isnan(values[at])
+
+
+def test_pages_across_blocks_are_whole() -> None:
+    one = np.arange(12_000, dtype=np.float64) + 1
+    texts = RowTexts(Candles(np.arange(12_000), one, one, one, one, one, one), False)
+    for low, high in (
+        (0, 12_000),
+        (4_999, 5_001),
+        (5_000, 10_000),
+        (3_000, 11_000),
+        (7, 7),
+        (11_999, 12_000),
+    ):
+        rows = json.loads(b"[" + texts.newest_first(low, high) + b"]")
+        assert [int(row[0]) for row in rows] == list(range(high - 1, low - 1, -1)) and all(
+            len(r) == 5 for r in rows
+        )
+    texts.prepare()
+    assert json.loads(b"[" + texts.newest_first(5, 6) + b"]") == [["5", "6.0", "6.0", "6.0", "6.0"]]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+import websocket
 
 from recur.connectors.sandbox.faults import FaultPlan, Rule
 from recur.connectors.sandbox.generated import GeneratedMarket
@@ -138,28 +139,19 @@ def test_many_connections_ask_for_many_pages_at_once(serve: Callable[..., Sandbo
     assert server.requests["/v5/market/kline"] == 201
 
 
-def test_a_websocket_is_handed_over_with_its_head_and_closed_after(
+def test_a_websocket_is_taken_on_the_same_port_with_faults_of_the_same_plan(
     serve: Callable[..., SandboxServer],
 ) -> None:
-    server = serve()
-    handed: list[tuple[str, bytes]] = []
-
-    def talk(path: str, head: bytes, connection: socket.socket) -> None:
-        handed.append((path, head))
-        connection.sendall(b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + connection.recv(5))
-
-    head = b"GET /v5/public/linear HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
-    address = ("127.0.0.1", int(server.base_url.rpartition(":")[2]))
-    with socket.create_connection(address, 5) as raw:
-        raw.sendall(head)
-        assert raw.recv(100).startswith(b"HTTP/1.1 404 Not Found")  # nobody to take it over
-    server.upgrade = talk
-    with socket.create_connection(address, 5) as raw:
-        raw.sendall(head)
-        time.sleep(0.05)
-        raw.sendall(b"frame")
-        got = b"".join(iter(lambda: raw.recv(100), b""))
-    assert got == b"HTTP/1.1 101 Switching Protocols\r\n\r\nframe" and handed == [("/v5/public/linear", head)]
+    server = serve(Rule("handshake-503", count=1))
+    address = server.base_url.replace("http://", "ws://") + "/v5/public/linear"
+    with pytest.raises(websocket.WebSocketBadStatusException, match="503"):
+        websocket.create_connection(address, timeout=5)
+    talk = websocket.create_connection(address, timeout=5)
+    talk.send(json.dumps({"op": "ping", "req_id": "7"}))
+    answer = json.loads(talk.recv())
+    assert (answer["success"], answer["ret_msg"], answer["req_id"]) == (True, "pong", "7")
+    talk.close()
+    assert server.fault_counts == {"handshake-503": 1} and server.streams.connects == 2
 
 
 # -- faults of transport, as a client without any cleverness sees them -----------------------------------------------

@@ -1,4 +1,4 @@
-"""The sandbox exchange as a real HTTP server on this machine, with a clock of its own."""
+"""The sandbox exchange as a real HTTP and WebSocket server on this machine, with a clock of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -18,6 +18,7 @@ from recur.connectors.sandbox.clock import AddressLimit, VirtualClock
 from recur.connectors.sandbox.endpoints import Endpoints
 from recur.connectors.sandbox.faults import Fault, FaultPlan
 from recur.connectors.sandbox.spoil import Strike, spoil
+from recur.connectors.sandbox.stream import StreamFaults, Streams
 from recur.connectors.sandbox.wire import Reply, Request
 from recur.connectors.sandbox.world import World
 
@@ -25,13 +26,14 @@ __all__ = ["AddressLimit", "SandboxServer", "VirtualClock"]
 
 _log = logging.getLogger(__name__)
 
-STREAM_PREFIX = "/v5/public/"
 _BACKLOG = 128
 _LOOK_UP_S = 0.02
 
 
 class SandboxServer:
     """Serves ``world`` over HTTP/1.1 on ``host``:``port`` (0 = any free port), one thread per connection.
+
+    The same port takes WebSocket connections to ``/v5/public/{category}``.
 
     Use it as a context manager (gives the server; its ``base_url`` is what a client needs), or call ``start``
     and ``stop``. ``requests`` counts the requests per path, ``connections`` the sockets opened, ``limit``
@@ -40,8 +42,7 @@ class SandboxServer:
     ``faults``     what goes wrong, and when; ``fault_counts`` says how often each fault struck
     ``latency_s``  each reply leaves so much later; connections wait on their own
     ``compress``   gzip for clients that accept it
-    ``upgrade``    takes over WebSocket connections to /v5/public/…: called with path, head and socket in the
-                   connection's own thread, the socket is closed when it returns; None answers 404
+    ``stream_faults``  the same for its WebSocket connections, see ``stream``; by default ``faults`` serve both
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class SandboxServer:
         faults: FaultPlan | None = None,
         latency_s: float = 0.0,
         compress: bool = False,
+        stream_faults: StreamFaults | None = None,
     ) -> None:
         self.endpoints = Endpoints(world)
         self.clock = clock
@@ -63,9 +65,9 @@ class SandboxServer:
         self.limit = AddressLimit(ban_s)
         self.enforce_limit = enforce_limit
         self.faults = faults or FaultPlan()
+        self.streams = Streams(world, self.endpoints, clock, stream_faults or self.faults)
         self.latency_s = latency_s
         self.compress = compress
-        self.upgrade: Callable[[str, bytes, socket.socket], None] | None = None
         self.lock = threading.Lock()
         self._address = (host, port)
         self._thread: threading.Thread | None = None
@@ -182,12 +184,8 @@ class SandboxServer:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with connection.makefile("rb") as reader:
                 while request := wire.read_request(reader):
-                    if (
-                        request.path.startswith(STREAM_PREFIX)
-                        and "upgrade" in request.headers
-                        and self.upgrade
-                    ):
-                        self.upgrade(request.path, request.head, connection)
+                    if request.path in self.streams and "upgrade" in request.headers:
+                        self.streams.serve(request.path, request.head, connection)
                         break
                     reply = self.reply(request)
                     if (wait_s := self.latency_s + reply.delay_s) > 0 and stopping.wait(wait_s):
