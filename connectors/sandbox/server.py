@@ -1,4 +1,4 @@
-"""The sandbox exchange as a real HTTP server on this machine, with a clock of its own."""
+"""The sandbox exchange as a real HTTP and WebSocket server on this machine, with a clock of its own."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, Self
 from urllib.parse import parse_qsl, urlsplit
 
 from recur.connectors.sandbox.endpoints import Endpoints
+from recur.connectors.sandbox.stream import StreamFaults, Streams
 from recur.connectors.sandbox.world import World
 
 _log = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ class AddressLimit:
 class SandboxServer:
     """Serves ``world`` over HTTP/1.1 on ``host``:``port`` (0 = any free port), one thread per connection.
 
+    The same port takes WebSocket connections to ``/v5/public/{category}``, see ``stream``.
+
     Use it as a context manager (gives the server; its ``base_url`` is what a client needs), or call ``start``
     and ``stop``. ``requests`` counts the requests per path, ``connections`` the sockets opened, ``limit``
     keeps the address limit, which refuses (HTTP 403) only with ``enforce_limit``.
@@ -79,9 +82,11 @@ class SandboxServer:
         host: str = "127.0.0.1",
         enforce_limit: bool = False,
         ban_s: float = 600.0,
+        stream_faults: StreamFaults | None = None,
     ) -> None:
         self.endpoints = Endpoints(world)
         self.clock = clock
+        self.streams = Streams(world, self.endpoints, clock, stream_faults)
         self.requests: Counter[str] = Counter()
         self.connections = 0
         self.limit = AddressLimit(ban_s)
@@ -174,6 +179,10 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         with sandbox.lock:
             sandbox.requests[url.path] += 1
+        if url.path in sandbox.streams and self.headers.get("Upgrade"):
+            self.close_connection = True
+            sandbox.streams.serve(url.path, self._handshake(), self.connection)
+            return
         admitted = sandbox.limit.admits(time.monotonic())
         if sandbox.enforce_limit and not admitted:
             self._reply(403, "text/plain", b"access too frequent")
@@ -182,6 +191,10 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             body = sandbox.endpoints.answer(url.path, dict(parse_qsl(url.query)), sandbox.clock.now_ms())
             self._reply(200, "application/json", body)
+
+    def _handshake(self) -> bytes:
+        lines = [f"{name}: {value}" for name, value in self.headers.items()]
+        return self.raw_requestline + "\r\n".join([*lines, "", ""]).encode()
 
     def _reply(self, status: int, content_type: str, body: bytes) -> None:
         self.send_response(status)
