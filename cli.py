@@ -27,7 +27,9 @@ from recur.pipeline.config import Config, Provenance, load_config, starter_toml
 from recur.vocabulary import DataMissing, RecurError, Series, UsageError, did_you_mean, iso, parse_time, to_ms
 
 if TYPE_CHECKING:
+    from recur.connectors.bybit import BybitConnector
     from recur.connectors.sandbox.world import World
+    from recur.pipeline.plan import FetchRequest
     from recur.storage.store import Store
 
 DEFAULT_HOME = ".recur"
@@ -418,9 +420,15 @@ def fetch(
     base_url: BaseUrl = None,
     workers: Annotated[int | None, typer.Option(help="Parallel requests.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be asked.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Then bring in each bar as it closes.")] = False,
+    for_: Annotated[
+        str | None, typer.Option("--for", metavar="DURATION", help="Follow so long: 90s, 20m, 24h, 7d.")
+    ] = None,
 ) -> None:
     """Bring the store up to date from the venue, the sandbox, or files."""
     state: State = ctx.obj
+    if for_ is not None and not follow:
+        raise UsageError("--for says how long to follow, and --follow was not given.")
     if since is not None and days is not None:
         raise UsageError("Both --since and --days were given.", "Give one of them.")
     config = state.config(
@@ -433,6 +441,12 @@ def fetch(
             guess = did_you_mean(name, ("bybit", "sandbox"))
             raise UsageError(f"Source '{name}' is neither bybit, sandbox nor a file.{guess}")
     span = (_time(since), _time(until))
+    if follow:
+        if len(sources) > 1 or sources[0] not in ("bybit", "sandbox"):
+            raise UsageError("--follow needs one venue to follow.", "Give --source bybit or --source sandbox.")
+        followed = _follow_venue(state, config, sources[0], span, days, dry_run, for_)
+        state.result(followed, lambda: _pairs("Followed", followed))
+        return
     results = []
     for name in sources:
         if name in ("bybit", "sandbox"):
@@ -460,9 +474,27 @@ def _fetch_venue(
     days: int | None,
     dry_run: bool,
 ) -> dict[str, Any]:
-    from recur.connectors.bybit import BybitConnector
     from recur.pipeline.fetch import run_fetch
-    from recur.pipeline.plan import FetchRequest, plan_fetch
+    from recur.pipeline.plan import plan_fetch
+
+    store, connector, request = _asked_of_venue(state, config, source, span, days, dry_run)
+    plan = plan_fetch(store, connector, request)
+    if dry_run:
+        return dict(plan.as_dict())
+    with _progress(state, "fetching") as on_progress:
+        return dict(run_fetch(store, connector, plan, on_progress).as_dict())
+
+
+def _asked_of_venue(
+    state: State,
+    config: Config,
+    source: str,
+    span: tuple[int | None, int | None],
+    days: int | None,
+    dry_run: bool,
+) -> tuple[Store, BybitConnector, FetchRequest]:
+    from recur.connectors.bybit import BybitConnector
+    from recur.pipeline.plan import FetchRequest
 
     url = config.fetch.base_url or (f"http://127.0.0.1:{SANDBOX_PORT}" if source == "sandbox" else None)
     connector = BybitConnector(url, workers=config.fetch.workers)
@@ -474,11 +506,35 @@ def _fetch_venue(
         kinds=config.fetch.kinds, since_ms=span[0], until_ms=span[1], days=days,
         workers=config.fetch.workers, dry_run=dry_run, source=source,
     )  # fmt: skip
-    plan = plan_fetch(store, connector, request)
-    if dry_run:
-        return dict(plan.as_dict())
-    with _progress(state, "fetching") as on_progress:
-        return dict(run_fetch(store, connector, plan, on_progress).as_dict())
+    return store, connector, request
+
+
+def _follow_venue(
+    state: State,
+    config: Config,
+    source: str,
+    span: tuple[int | None, int | None],
+    days: int | None,
+    dry_run: bool,
+    duration: str | None,
+) -> dict[str, Any]:
+    """Follow until the time is up, Ctrl-C or a polite kill: all three are a normal end."""
+    import threading
+
+    from recur.pipeline.follow import Follower, seconds_of
+
+    for_s = None if duration is None else seconds_of(duration)
+    store, connector, request = _asked_of_venue(state, config, source, span, days, dry_run)
+    say = (lambda line: None) if state.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+    follower = Follower(store, connector, request, for_s=for_s, say=say)
+    with _until_signalled() as wait:
+
+        def end() -> None:
+            wait()
+            follower.stop()
+
+        threading.Thread(target=end, daemon=True).start()
+        return follower.run().as_dict()
 
 
 def _all_recorded(store: Store, config: Config) -> bool:
