@@ -443,7 +443,9 @@ def fetch(
     span = (_time(since), _time(until))
     if follow:
         if len(sources) > 1 or sources[0] not in ("bybit", "sandbox"):
-            raise UsageError("--follow needs one venue to follow.", "Give --source bybit or --source sandbox.")
+            raise UsageError(
+                "--follow needs one venue to follow.", "Give --source bybit or --source sandbox."
+            )
         followed = _follow_venue(state, config, sources[0], span, days, dry_run, for_)
         state.result(followed, lambda: _pairs("Followed", followed))
         return

@@ -148,7 +148,9 @@ class Follower:
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._records: list[_Record] = []
-        self._hinted: dict[str, int] = {}  # by symbol: open time of the newest bar that the stream calls closed
+        self._hinted: dict[
+            str, int
+        ] = {}  # by symbol: open time of the newest bar that the stream calls closed
         self._now = False  # an update is wanted at once
         self._not_before_s = 0.0  # monotonic
         self._measured_s = 0.0  # monotonic
@@ -180,6 +182,7 @@ class Follower:
                     self._listen(self._wait_s(started))
                     if self._due() and not self._over(started):
                         self._try_update()
+                self._listen(0.0)  # what happened during the last update
         except VenueError:
             if not self._stopped.is_set():  # stop() ends a request under way with this error
                 raise
@@ -403,5 +406,7 @@ def seconds_of(text: str) -> float:
     """Seconds of a duration such as ``90s``, ``20m``, ``24h``, ``7d``; UsageError for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
     if not found or float(found[1]) <= 0:
-        raise UsageError(f"'{text}' is not a duration: expected a number and a unit, as in 90s, 20m, 24h, 7d.")
+        raise UsageError(
+            f"'{text}' is not a duration: expected a number and a unit, as in 90s, 20m, 24h, 7d."
+        )
     return float(found[1]) * _UNIT_S[found[2]]

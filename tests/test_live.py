@@ -194,7 +194,7 @@ def test_the_store_is_equal_to_the_venue_after_fault(
     session.faults.arm(moment, *names)
     eventually(lambda: session.faults.spent() and said.breaks >= breaks)
     eventually(lambda: said.breaks < 1 or said.connects >= connects)
-    meet(session.server, session.store, 2)
+    meet(session.server, session.store, 1)
     assert said.breaks == breaks
     assert said.gaps == 0
 
@@ -206,7 +206,7 @@ def test_an_outage_of_seconds_costs_few_connects_and_no_candle(session: Session)
     session.faults.arm("kline", "outage")
     eventually(lambda: session.faults.spent())
     eventually(lambda: time.monotonic() - started > 3.2 and said.connects >= 1)
-    meet(session.server, session.store, 2)
+    meet(session.server, session.store, 1)
     connects = session.server.streams.connects - before
     assert 3 <= connects <= 2 * 3.5 / QUICK.connect_gap  # two tries of pybit a connect of ours
     assert said.gaps == 0
