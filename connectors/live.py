@@ -23,7 +23,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import pybit.unified_trading as pybit
@@ -98,6 +98,8 @@ class _Lost(Exception):
 class _Socket(pybit.WebSocket):  # type: ignore[misc]
     """pybit's client that ends at an error, without raising into a thread where nobody listens."""
 
+    exited: bool
+
     def __init__(self, errors: list[Exception], *args: Any, **settings: Any) -> None:
         self.errors = errors
         super().__init__(*args, **settings)  # connects
@@ -145,7 +147,7 @@ class LiveFeed:
         self._acks: list[dict[str, Any]] = []
         self._has_spoken = False  # this connection has brought a candle
 
-    def __enter__(self) -> LiveFeed:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -167,7 +169,7 @@ class LiveFeed:
                     self._watch(*connection)
             except _Lost as lost:
                 reason = str(lost)
-            except Exception as error:  # pybit and websocket-client raise many kinds here
+            except Exception as error:  # noqa: BLE001  pybit and websocket-client raise many kinds here
                 _log.debug("the stream failed", exc_info=error)
                 reason = f"{type(error).__name__}: {error}"
             if self._stopped.is_set():

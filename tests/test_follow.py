@@ -11,22 +11,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import duckdb
-import numpy as np
-import polars as pl
 import pytest
 
 from recur.cli import run as recur
 from recur.connectors.bybit import BybitConnector
 from recur.connectors.live import Patience
 from recur.connectors.sandbox.endpoints import Endpoints
-from recur.connectors.sandbox.generated import GeneratedMarket
 from recur.connectors.sandbox.server import SandboxServer, VirtualClock
 from recur.pipeline.fetch import FetchRequest
 from recur.pipeline.follow import Follower, FollowSummary, seconds_of
@@ -42,76 +37,12 @@ from recur.vocabulary import (
     floor_open,
     parse_time,
 )
+from tests.following import NOW, QUICK, START, WORLD, Fault, eventually, following, stored, truth
 
-START = parse_time("2025-07-01")
-NOW = parse_time("2025-07-01T06:00:30")
-QUICK = Patience(connect_gap=0.05, longest_pause=0.2, handshake=1.0, ack=0.3, silence=0.5, refusal=0.5)
 SYMBOLS = ("BTCUSDT", "ETHUSDT")
-WORLD = GeneratedMarket(1, START, parse_time("2025-07-06"), (*SYMBOLS, "SOLUSDT"), base_interval="1m")
-Row = tuple[float, ...]
-
-
-def truth(symbol: str, interval: str, until_ms: int) -> list[Row]:
-    bars = WORLD.candles("linear", symbol, "trade", interval)
-    own = bars[: int(np.searchsorted(bars.open_time, until_ms))]
-    columns = (own.open_time, own.open, own.high, own.low, own.close, own.volume, own.turnover)
-    return list(zip(*(column.tolist() for column in columns), strict=True))
-
-
-def stored(store: Store, symbol: str, interval: str, until_ms: int) -> list[Row]:
-    frame = store.candles("linear", [symbol], interval, until_ms=until_ms)
-    values = ("open", "high", "low", "close", "volume", "turnover")
-    return frame.select(pl.col("open_time").dt.epoch("ms"), *values).rows()
-
-
-def eventually(true: Callable[[], bool], within_s: float = 30.0, every_s: float = 0.05) -> None:
-    until = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < until, "it did not come true in time"
-        time.sleep(every_s)
-
-
-@contextmanager
-def following(
-    server: SandboxServer,
-    store: Store,
-    *symbols: str,
-    interval: str = "1m",
-    clock: VenueClock | None = None,
-    lines: list[str] | None = None,
-    patience: Patience = QUICK,
-) -> Iterator[Follower]:
-    """A follower at work in a thread; whatever it raises is raised here at the end."""
-    failed: list[BaseException] = []
-    request = FetchRequest(symbols or ("BTCUSDT",), interval=interval, since_ms=START)
-    connector = BybitConnector(server.base_url, attempts=3, workers=4)
-    say = (lambda line: None) if lines is None else lines.append
-    follower = Follower(store, connector, request, say=say, clock=clock, patience=patience)
-
-    def work() -> None:
-        try:
-            follower.run()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield follower
-    finally:
-        follower.stop()
-        thread.join(timeout=10)
-    assert not thread.is_alive()
-    if failed:
-        raise failed[0]
 
 
 # -- a day --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fault:
-    name: str
 
 
 class RandomFaults:
@@ -122,12 +53,29 @@ class RandomFaults:
         "stream/subscribe": (0.2, ("no-ack", "reject", "args-size", "ack-at-once")),
         "stream/kline": (
             0.05,
-            (
-                "close-1000 close-1001 close-1006 reset half-open outage-short outage no-confirm two-confirms"
-                " late-confirm out-of-order duplicate gap bad-json binary no-topic unknown-topic burst disagree"
-            ).split(),
+            [
+                "close-1000",
+                "close-1001",
+                "close-1006",
+                "reset",
+                "half-open",
+                "outage-short",
+                "outage",
+                "no-confirm",
+                "two-confirms",
+                "late-confirm",
+                "out-of-order",
+                "duplicate",
+                "gap",
+                "bad-json",
+                "binary",
+                "no-topic",
+                "unknown-topic",
+                "burst",
+                "disagree",
+            ],
         ),
-    }  # type: ignore[dict-item]
+    }
 
     def __init__(self, seed: int) -> None:
         self.drawn: list[str] = []
@@ -278,19 +226,30 @@ def test_a_clock_that_was_never_measured_says_so() -> None:
 # -- bars ---------------------------------------------------------------------------------------------
 
 
-def test_a_bar_that_comes_late_is_asked_for_again_until_it_is_there(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    with SandboxServer(WORLD, VirtualClock(NOW, 60.0)) as server:
+def test_a_bar_that_comes_late_is_recorded_as_a_gap_and_asked_for_again(tmp_path: Path) -> None:
+    store, lines = Store(tmp_path), list[str]()
+    late = next(
+        at for at in range(floor_open(NOW, "1m"), NOW + DAY_MS, MINUTE_MS) if at % (7 * MINUTE_MS) == 0
+    )
+    with SandboxServer(WORLD, VirtualClock(late)) as server:
         server.endpoints = Unsettled(server.endpoints, MINUTE_MS, cut=0.0)  # type: ignore[assignment]
-        late = next(at for at in range(NOW, NOW + DAY_MS) if at % (7 * MINUTE_MS) == 0)
-        server.clock.set(late + MINUTE_MS - 15_000)
-        with following(server, store) as follower:
-            eventually(lambda: follower.summary.bars >= 2)
-            eventually(lambda: [r[0] for r in stored(store, "BTCUSDT", "1m", late + MINUTE_MS)][-1] == late)
+        with following(server, store, lines=lines, patience=Patience()) as follower:
+            eventually(lambda: follower.summary.connects == 1)
+            server.clock.set(late + MINUTE_MS + 2000)
+            eventually(lambda: gaps(store) == [(late, "venue empty")])
+            server.clock.set(late + 2 * MINUTE_MS + 2000)
+            eventually(lambda: follower.summary.bars == 2)
+    assert [row[0] for row in stored(store, "BTCUSDT", "1m", DAY_MS + NOW)][-2:] == [late, late + MINUTE_MS]
     assert follower.summary.gaps == 0
+
+
+def gaps(store: Store) -> list[tuple[int, str]]:
+    """(open time of the last bar, reason) of each recorded gap."""
     with store.read() as con:
-        found = con.execute("SELECT reason FROM fetch_windows WHERE status = 'gap'").fetchall()
-    assert ("venue empty",) in found  # while it was not there the record said so
+        found = con.execute(
+            "SELECT epoch_ms(until), reason FROM fetch_windows WHERE status = 'gap'"
+        ).fetchall()
+    return [(until - MINUTE_MS, reason) for until, reason in found]
 
 
 def test_a_venue_that_goes_away_is_waited_for_and_what_it_missed_is_fetched(tmp_path: Path) -> None:

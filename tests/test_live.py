@@ -5,19 +5,15 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import polars as pl
-import pytest
 import pybit.unified_trading as pybit
+import pytest
 import websocket
 
-from recur.connectors.bybit import BybitConnector
 from recur.connectors.live import (
     BarClosed,
     Broken,
@@ -29,25 +25,13 @@ from recur.connectors.live import (
     Stale,
     stream_url,
 )
-from recur.connectors.sandbox.generated import GeneratedMarket
 from recur.connectors.sandbox.server import SandboxServer, VirtualClock
-from recur.pipeline.fetch import FetchRequest
 from recur.pipeline.follow import Follower
 from recur.storage.store import Store
-from recur.vocabulary import MINUTE_MS, floor_open, parse_time
+from recur.vocabulary import MINUTE_MS, floor_open
+from tests.following import NOW, QUICK, WORLD, Fault, eventually, following, stored, truth
 
-START = parse_time("2025-07-01")
-NOW = parse_time("2025-07-01T06:00:30")
 SPEED = 300.0  # five candles of a minute in a second
-QUICK = Patience(connect_gap=0.05, longest_pause=0.2, handshake=1.0, ack=0.3, silence=0.5, refusal=0.3)
-WORLD = GeneratedMarket(
-    1, START, parse_time("2025-07-04"), ("BTCUSDT", "ETHUSDT", "SOLUSDT"), base_interval="1m"
-)
-
-
-@dataclass(frozen=True)
-class Fault:
-    name: str
 
 
 class Faults:
@@ -74,59 +58,13 @@ def serve(faults: Faults | None = None, speed: float = 0.0) -> SandboxServer:
     return SandboxServer(WORLD, VirtualClock(NOW, speed), stream_faults=faults)
 
 
-def truth(until_ms: int) -> list[Any]:
-    """The venue's candles of BTCUSDT, as rows of (open time, prices, volume, turnover)."""
-    bars = WORLD.candles("linear", "BTCUSDT", "trade", "1m")
-    own = bars[: int(np.searchsorted(bars.open_time, until_ms))]
-    columns = (own.open_time, own.open, own.high, own.low, own.close, own.volume, own.turnover)
-    return list(zip(*(column.tolist() for column in columns), strict=True))
-
-
-def stored(store: Store, until_ms: int) -> list[Any]:
-    frame = store.candles("linear", ["BTCUSDT"], "1m", until_ms=until_ms)
-    values = ("open", "high", "low", "close", "volume", "turnover")
-    return frame.select(pl.col("open_time").dt.epoch("ms"), *values).rows()
-
-
-def eventually(true: Callable[[], bool], within_s: float = 20.0, every_s: float = 0.02) -> None:
-    until = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < until, "it did not come true in time"
-        time.sleep(every_s)
-
-
-@contextmanager
-def following(server: SandboxServer, home: Path, *symbols: str) -> Iterator[tuple[Follower, Store]]:
-    """A follower at work in a thread; whatever it raises is raised here at the end."""
-    store, failed = Store(home), []
-    request = FetchRequest(symbols or ("BTCUSDT",), interval="1m", since_ms=START)
-    connector = BybitConnector(server.base_url, attempts=2, workers=4)
-    follower = Follower(store, connector, request, patience=QUICK)
-
-    def run() -> None:
-        try:
-            follower.run()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield follower, store
-    finally:
-        follower.stop()
-        thread.join(timeout=10)
-    assert not thread.is_alive()
-    if failed:
-        raise failed[0]
-
-
 def meet(server: SandboxServer, store: Store, bars: int) -> None:
     """Wait until ``bars`` more candles have closed, and until the store is equal to the venue up to there."""
     end_ms = floor_open(server.clock.now_ms(), "1m") + bars * MINUTE_MS
     eventually(lambda: server.clock.now_ms() >= end_ms + 1000)
-    eventually(lambda: len(stored(store, end_ms)) == len(truth(end_ms)), every_s=0.1)
-    assert stored(store, end_ms) == truth(end_ms)
+    expected = truth("BTCUSDT", "1m", end_ms)
+    eventually(lambda: len(stored(store, "BTCUSDT", "1m", end_ms)) == len(expected), every_s=0.1)
+    assert stored(store, "BTCUSDT", "1m", end_ms) == expected
 
 
 NAMED = [
@@ -171,8 +109,8 @@ class Session:
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     """A follower at work for all of these tests."""
     faults = Faults()
-    home = tmp_path_factory.mktemp("followed")
-    with serve(faults, SPEED) as server, following(server, home) as (follower, store):
+    store = Store(tmp_path_factory.mktemp("followed"))
+    with serve(faults, SPEED) as server, following(server, store) as follower:
         eventually(lambda: follower.summary.connects >= 1)
         yield Session(server, faults, follower, store)
 

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pytest
 import pybit.unified_trading as ut
+import pytest
 import websocket
 
 from recur.connectors.sandbox.generated import GeneratedMarket

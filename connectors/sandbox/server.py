@@ -193,8 +193,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(200, "application/json", body)
 
     def _handshake(self) -> bytes:
-        lines = [f"{name}: {value}" for name, value in self.headers.items()]
-        return self.raw_requestline + "\r\n".join([*lines, "", ""]).encode()
+        lines = [self.requestline, *(f"{name}: {value}" for name, value in self.headers.items())]
+        return "\r\n".join([*lines, "", ""]).encode()
 
     def _reply(self, status: int, content_type: str, body: bytes) -> None:
         self.send_response(status)
