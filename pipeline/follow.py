@@ -54,6 +54,9 @@ LAG_MS = 1000
 UNHINTED_MS = 5000
 """So long after its close a bar is asked for when the stream has not said that it closed."""
 ASK_AGAIN_MS = 5000
+"""A bar that the venue does not have yet is asked again after so long, then twice as long, …"""
+FEW_MISSING = 3
+"""A series that lacks more of its newest bars seems to have ended: they are asked again with each new bar only."""
 MISSING_MS = HOUR_MS
 """For so long a bar that the venue does not have is asked again; the gap is recorded at once."""
 REREAD_BARS = 5
@@ -239,8 +242,9 @@ class Follower:
         interval = self._request.interval
         due = [self._reread_ms + REREAD_ALL_MS]
         due.append(next_open(min(r.next_ms for r in self._records), interval) + UNHINTED_MS)
-        if any(record.missing for record in self._records):
-            due.append(self._asked_ms + ASK_AGAIN_MS)
+        few = [max(r.missing.values()) for r in self._records if 0 < len(r.missing) <= FEW_MISSING]
+        if few:  # after 5 s, 10 s, 20 s …
+            due.append(self._asked_ms + max(ASK_AGAIN_MS, self._asked_ms - max(few)))
         for record in self._records:
             if self._hinted.get(record.series.symbol, -1) >= record.next_ms:
                 due.append(next_open(record.next_ms, interval) + LAG_MS)

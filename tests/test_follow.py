@@ -40,6 +40,29 @@ from recur.vocabulary import (
 from tests.following import NOW, QUICK, START, WORLD, Fault, eventually, following, stored, truth
 
 SYMBOLS = ("BTCUSDT", "ETHUSDT")
+KLINE_FAULTS = tuple(
+    [
+        "close-1000",
+        "close-1001",
+        "close-1006",
+        "reset",
+        "half-open",
+        "outage-short",
+        "outage",
+        "no-confirm",
+        "two-confirms",
+        "late-confirm",
+        "out-of-order",
+        "duplicate",
+        "gap",
+        "bad-json",
+        "binary",
+        "no-topic",
+        "unknown-topic",
+        "burst",
+        "disagree",
+    ]
+)
 
 
 # -- a day --------------------------------------------------------------------------------------------
@@ -51,30 +74,7 @@ class RandomFaults:
     CHOICES: Mapping[str, tuple[float, tuple[str, ...]]] = {
         "stream/connect": (0.2, ("handshake-403", "handshake-429", "handshake-503", "half-open")),
         "stream/subscribe": (0.2, ("no-ack", "reject", "args-size", "ack-at-once")),
-        "stream/kline": (
-            0.05,
-            [
-                "close-1000",
-                "close-1001",
-                "close-1006",
-                "reset",
-                "half-open",
-                "outage-short",
-                "outage",
-                "no-confirm",
-                "two-confirms",
-                "late-confirm",
-                "out-of-order",
-                "duplicate",
-                "gap",
-                "bad-json",
-                "binary",
-                "no-topic",
-                "unknown-topic",
-                "burst",
-                "disagree",
-            ],
-        ),
+        "stream/kline": (0.05, KLINE_FAULTS),
     }
 
     def __init__(self, seed: int) -> None:
@@ -142,7 +142,7 @@ def follow_a_time(home: Path, hours: float, speed: float, interval: str, seed: i
     told = [line for line in lines if " closed at " in line]
     keys = [tuple(line.split()[:2]) for line in told]
     assert len(keys) == len(set(keys))  # one line for each bar
-    assert set(RandomFaults.CHOICES["stream/kline"][1]) & set(faults.drawn)
+    assert set(KLINE_FAULTS) & set(faults.drawn)
     assert follower.summary.breaks > 0
     assert follower.summary.changed > 0
     assert follower.summary.gaps == 0
