@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from recur.pipeline.config import Config, Provenance, load_config, starter_toml
-from recur.vocabulary import DataMissing, RecurError, Series, UsageError, did_you_mean, iso, parse_time, to_ms
+from recur.pipeline.config import Config, Provenance, is_pattern, load_config, starter_toml
+from recur.vocabulary import DataMissing, RecurError, UsageError, did_you_mean, iso, parse_time, to_ms
 
 if TYPE_CHECKING:
     from recur.connectors.bybit import BybitConnector
@@ -414,25 +414,34 @@ def fetch(
     category: Category = None,
     since: Since = None,
     until: Until = None,
-    days: Annotated[int | None, typer.Option(help="Days of history the first time.")] = None,
-    kinds: Annotated[str | None, typer.Option(help="candles,mark,index,premium,funding.")] = None,
+    days: Annotated[
+        int | None, typer.Option(help="Days of history; else fetch.days for what is new.")
+    ] = None,
+    kinds: Annotated[
+        str | None,
+        typer.Option(help="candles,mark,index,premium,funding,open_interest,long_short,instruments."),
+    ] = None,
     source: Annotated[list[str] | None, typer.Option(help="bybit, sandbox or a file; repeat.")] = None,
     base_url: BaseUrl = None,
     workers: Annotated[int | None, typer.Option(help="Parallel requests.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be asked.")] = False,
+    wait_ban: Annotated[
+        bool, typer.Option("--wait-ban", help="Wait when the venue bans this address, instead of failing.")
+    ] = False,
     follow: Annotated[bool, typer.Option("--follow", help="Then bring in each bar as it closes.")] = False,
     for_: Annotated[
         str | None, typer.Option("--for", metavar="DURATION", help="Follow so long: 90s, 20m, 24h, 7d.")
     ] = None,
 ) -> None:
-    """Bring the store up to date from the venue, the sandbox, or files."""
+    """Bring the store up to date from the venue, the sandbox, or files. Symbols may be *USDT or top:20."""
     state: State = ctx.obj
     if for_ is not None and not follow:
         raise UsageError("--for says how long to follow, and --follow was not given.")
     if since is not None and days is not None:
         raise UsageError("Both --since and --days were given.", "Give one of them.")
+    words = _words(symbols) or []
     config = state.config(
-        market__symbols=_words(symbols), market__interval=interval, market__category=category, fetch__days=days,
+        market__symbols=[word for word in words if not is_pattern(word)] or None, market__interval=interval, market__category=category, fetch__days=days,
         fetch__kinds=kinds, fetch__base_url=base_url, fetch__workers=workers,
     )  # fmt: skip
     sources = source or ["bybit"]
@@ -441,18 +450,23 @@ def fetch(
             guess = did_you_mean(name, ("bybit", "sandbox"))
             raise UsageError(f"Source '{name}' is neither bybit, sandbox nor a file.{guess}")
     span = (_time(since), _time(until))
-    if follow:
-        if len(sources) > 1 or sources[0] not in ("bybit", "sandbox"):
-            raise UsageError(
-                "--follow needs one venue to follow.", "Give --source bybit or --source sandbox."
-            )
-        followed = _follow_venue(state, config, sources[0], span, days, dry_run, for_)
-        state.result(followed, lambda: _pairs("Followed", followed))
-        return
+    if follow and (len(sources) > 1 or sources[0] not in ("bybit", "sandbox")):
+        raise UsageError("--follow needs one venue to follow.", "Give --source bybit or --source sandbox.")
     results = []
     for name in sources:
         if name in ("bybit", "sandbox"):
-            done = _fetch_venue(state, config, name, span, days, dry_run)
+            from recur.pipeline.plan import FetchRequest
+
+            request = FetchRequest(
+                symbols=tuple(words) if any(map(is_pattern, words)) else config.market.symbols,
+                category=config.market.category, interval=config.market.interval, kinds=config.fetch.kinds,
+                since_ms=span[0], until_ms=span[1], days=days, first_days=config.fetch.days,
+                lag_ms=int(1000 * config.fetch.lag_s), dry_run=dry_run, source=name,
+            )  # fmt: skip
+            if follow:
+                done = _follow_venue(state, config, request, wait_ban, for_)
+            else:
+                done = _fetch_venue(state, config, request, wait_ban)
         elif dry_run:
             done = {"file": name, "windows": 0, "requests": 0}
         else:
@@ -463,62 +477,43 @@ def fetch(
 
     def people() -> None:
         for result in results:
-            _pairs("Plan" if dry_run else "Fetched", result)
+            if dry_run and (series := result.get("series")):
+                columns = ["series", "since", "until", "windows", "bars"]
+                _table("To ask", columns, ([row.get(key) for key in columns] for row in series))
+            _pairs("Plan" if dry_run else "Followed" if follow else "Fetched", result)
+            if reasons := result.get("reasons"):
+                _table("Missing bars", ["reason", "bars"], reasons.items())
 
     state.result(results[0] if len(results) == 1 else {"sources": results}, people)
 
 
-def _fetch_venue(
-    state: State,
-    config: Config,
-    source: str,
-    span: tuple[int | None, int | None],
-    days: int | None,
-    dry_run: bool,
-) -> dict[str, Any]:
+def _venue_connector(config: Config, source: str, wait_ban: bool) -> BybitConnector:
+    from recur.connectors.bybit import BybitConnector
+
+    sandbox = f"http://127.0.0.1:{SANDBOX_PORT}" if source == "sandbox" else None
+    return BybitConnector(
+        config.fetch.base_url or sandbox,
+        workers=config.fetch.workers,
+        rate=config.fetch.rate,
+        wait_ban=wait_ban,
+    )
+
+
+def _fetch_venue(state: State, config: Config, request: FetchRequest, wait_ban: bool) -> dict[str, Any]:
     from recur.pipeline.fetch import run_fetch
     from recur.pipeline.plan import plan_fetch
 
-    store, connector, request = _asked_of_venue(state, config, source, span, days, dry_run)
+    connector = _venue_connector(config, request.source, wait_ban)
+    store = state.store(config)
     plan = plan_fetch(store, connector, request)
-    if dry_run:
+    if request.dry_run:
         return dict(plan.as_dict())
     with _progress(state, "fetching") as on_progress:
         return dict(run_fetch(store, connector, plan, on_progress).as_dict())
 
 
-def _asked_of_venue(
-    state: State,
-    config: Config,
-    source: str,
-    span: tuple[int | None, int | None],
-    days: int | None,
-    dry_run: bool,
-) -> tuple[Store, BybitConnector, FetchRequest]:
-    from recur.connectors.bybit import BybitConnector
-    from recur.pipeline.plan import FetchRequest
-
-    url = config.fetch.base_url or (f"http://127.0.0.1:{SANDBOX_PORT}" if source == "sandbox" else None)
-    connector = BybitConnector(url, workers=config.fetch.workers)
-    store = state.store(config)
-    if span[0] is None and days is None and not _all_recorded(store, config):
-        days = config.fetch.days
-    request = FetchRequest(
-        symbols=config.market.symbols, category=config.market.category, interval=config.market.interval,
-        kinds=config.fetch.kinds, since_ms=span[0], until_ms=span[1], days=days,
-        workers=config.fetch.workers, dry_run=dry_run, source=source,
-    )  # fmt: skip
-    return store, connector, request
-
-
 def _follow_venue(
-    state: State,
-    config: Config,
-    source: str,
-    span: tuple[int | None, int | None],
-    days: int | None,
-    dry_run: bool,
-    duration: str | None,
+    state: State, config: Config, request: FetchRequest, wait_ban: bool, duration: str | None
 ) -> dict[str, Any]:
     """Follow until the time is up, Ctrl-C or a polite kill: all three are a normal end."""
     import threading
@@ -526,9 +521,9 @@ def _follow_venue(
     from recur.pipeline.follow import Follower, seconds_of
 
     for_s = None if duration is None else seconds_of(duration)
-    store, connector, request = _asked_of_venue(state, config, source, span, days, dry_run)
+    connector = _venue_connector(config, request.source, wait_ban)
     say = (lambda line: None) if state.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
-    follower = Follower(store, connector, request, for_s=for_s, say=say)
+    follower = Follower(state.store(config), connector, request, for_s=for_s, say=say)
     with _until_signalled() as wait:
 
         def end() -> None:
@@ -537,17 +532,6 @@ def _follow_venue(
 
         threading.Thread(target=end, daemon=True).start()
         return follower.run().as_dict()
-
-
-def _all_recorded(store: Store, config: Config) -> bool:
-    """Whether every series of the configuration was fetched before: then fetching just goes on."""
-    category, interval = config.market.category, config.market.interval
-    kinds = {kind: "trade" if kind == "candles" else kind for kind in config.fetch.kinds}.values()
-    return store.path.exists() and all(
-        store.windows(Series(category, symbol, "" if kind == "funding" else interval, kind))
-        for symbol in config.market.symbols
-        for kind in kinds
-    )
 
 
 @app.command()
@@ -840,11 +824,21 @@ def sandbox_serve(
     until: Annotated[
         str | None, typer.Option(metavar="TIME", help="End of the generated market; default a week from now.")
     ] = None,
+    faults: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What goes wrong, as TOML or JSON; see docs/sandbox.md."),
+    ] = None,
+    latency_ms: Annotated[int, typer.Option(min=0, help="Each reply comes so much later.")] = 0,
+    enforce_limit: Annotated[
+        bool, typer.Option("--enforce-limit", help="Ban who asks more than 600 times in 5 seconds.")
+    ] = False,
 ) -> None:
     """Serve a generated or replayed market on this computer until Ctrl-C."""
+    from recur.connectors.sandbox.faults import FaultPlan, read_faults
     from recur.connectors.sandbox.server import SandboxServer, VirtualClock
 
     state: State = ctx.obj
+    plan = read_faults(faults) if faults else FaultPlan()
     start_ms, now_ms = parse_time(since), _time(now)
     end_ms = parse_time(until) if until else (now_ms or _now_ms()) + 7 * 86_400_000
     if start_ms >= end_ms:
@@ -857,7 +851,10 @@ def sandbox_serve(
 
         world = GeneratedMarket(seed, start_ms, end_ms, symbols=state.config().market.symbols, signal=signal)
         now_ms = (parse_time(until) if until else _now_ms()) if now_ms is None else now_ms
-    server = SandboxServer(world, VirtualClock(now_ms, speed), port=port)
+    server = SandboxServer(
+        world, VirtualClock(now_ms, speed), port=port, enforce_limit=enforce_limit, faults=plan,
+        latency_s=latency_ms / 1000,
+    )  # fmt: skip
     with _until_signalled() as wait:
         try:
             url = server.start()

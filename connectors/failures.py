@@ -4,8 +4,8 @@
 seen                                                    error                 again?
 ======================================================  ====================  =======
 no connection, reset, time-out, cut-off body            VenueUnreachable      yes
-HTTP 429 and 5xx; codes -1, 429, 10000, 10002, 10016    VenueUnreachable      yes
-10006 (this endpoint is asked too often)                VenueUnreachable      yes, slower
+HTTP 5xx; codes -1, 10000, 10002, 10016                 VenueUnreachable      yes
+HTTP 429, codes 429, 10006 (asked too often)            VenueUnreachable      yes, slower
 answer without JSON or without the envelope             VenueError            yes
 HTTP 403 "access too frequent", code 10018              VenueBanned           no
 HTTP 403 otherwise as HTML, 10009, 10024                VenueForbidden        no
@@ -24,14 +24,13 @@ from pybit.exceptions import FailedRequestError, InvalidRequestError
 
 from recur.vocabulary import VenueBanned, VenueError, VenueForbidden, VenueRefused, VenueUnreachable
 
-BAN_S = 600.0
-"""The venue lifts a ban of an address after ten minutes without requests."""
-
-_TRANSIENT_CODES = {-1, 429, 10000, 10002, 10016}
-_TOO_MANY_VISITS = 10006
+_TRANSIENT_CODES = {-1, 10000, 10002, 10016}
+_TOO_OFTEN_CODES = {429, 10006}
 _BAN_CODES = {10018}
 _REGION_CODES = {10009, 10024}
 _MAX_RESET_WAIT_S = 10.0
+_PAUSE_S = 1.0
+_FORBIDDEN_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class Failure:
     error: VenueError
     again: bool = False
     wait_s: float = 0.0  # at least this long before the next attempt, for every thread
-    halt_s: float = 0.0  # no request at all for so long
+    halt_s: float = 0.0  # no request of this session at all for so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,9 @@ class Seen:
     """The last HTTP answer of a call; ``status`` 0 when none came."""
 
     status: int = 0
-    body: str = ""
+    body: str = ""  # its first 4096 characters
+    size: int = 0
+    remaining: int | None = None  # header X-Bapi-Limit-Status: requests left to this endpoint
     reset_ms: int | None = None  # header X-Bapi-Limit-Reset-Timestamp
     now_ms: int = 0  # when it came: header Timenow, else this machine's clock
 
@@ -80,8 +81,8 @@ def _of_code(code: object, text: str, seen: Seen, what: str) -> Failure:
     if not isinstance(code, int) or isinstance(code, bool):
         return malformed(f"{what}: the answer's retCode is {code!r}, expected an integer.")
     said = f"{what}: the venue answered {code} '{text}'."
-    if code == _TOO_MANY_VISITS:
-        return unreachable(said, wait_s=_reset_wait_s(seen))
+    if code in _TOO_OFTEN_CODES:
+        return unreachable(said, wait_s=reset_wait_s(seen) or _PAUSE_S)
     if code in _TRANSIENT_CODES:
         return unreachable(said)
     if code in _BAN_CODES:
@@ -97,7 +98,9 @@ def _of_status(seen: Seen, what: str) -> Failure:
         if _is_html(seen.body):
             return _forbidden(said)
         return _banned(said)
-    if seen.status == 429 or seen.status >= 500:
+    if seen.status == 429:
+        return unreachable(said, wait_s=reset_wait_s(seen) or _PAUSE_S)
+    if seen.status >= 500:
         return unreachable(said)
     return Failure(VenueRefused(said, "Check --base-url.", seen.status))
 
@@ -105,17 +108,17 @@ def _of_status(seen: Seen, what: str) -> Failure:
 def _not_json(seen: Seen, what: str) -> Failure:
     if _is_html(seen.body) and "block access from your country" in seen.body.lower():
         return _forbidden(f"{what}: the answer is a page that blocks this country.")
-    return malformed(f"{what}: the answer is not JSON ({len(seen.body)} characters).")
+    return malformed(f"{what}: the answer is not JSON ({seen.size} bytes).")
 
 
 def _banned(said: str) -> Failure:
-    hint = "Too many requests from this address: stop every program that asks the venue and wait ten minutes."
-    return Failure(VenueBanned(said, hint), halt_s=BAN_S)
+    hint = "Too many requests from this address: stop every program that asks the venue, or give --wait-ban."
+    return Failure(VenueBanned(said, hint))
 
 
 def _forbidden(said: str) -> Failure:
     hint = "The venue does not serve this country or address; set --base-url to a host that serves you."
-    return Failure(VenueForbidden(said, hint), halt_s=BAN_S)
+    return Failure(VenueForbidden(said, hint), halt_s=_FORBIDDEN_S)
 
 
 def _is_html(body: str) -> bool:
@@ -123,12 +126,12 @@ def _is_html(body: str) -> bool:
     return head.startswith("<") or "<html" in head
 
 
-def _reset_wait_s(seen: Seen) -> float:
-    """Seconds until the limit resets when the header is sane, else one: it is absent, past or garbage at times."""
+def reset_wait_s(seen: Seen) -> float:
+    """Seconds until the limit of an endpoint resets, 0 when its header does not say: absent, past or garbage."""
     if seen.reset_ms is None:
-        return 1.0
+        return 0.0
     wait_s = (seen.reset_ms - seen.now_ms) / 1000
-    return wait_s if 0 < wait_s <= _MAX_RESET_WAIT_S else 1.0
+    return wait_s if 0 < wait_s <= _MAX_RESET_WAIT_S else 0.0
 
 
 def _reason(error: Exception) -> str:

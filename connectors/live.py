@@ -319,7 +319,7 @@ def stream_url(base_url: str) -> str:
 
 def _open(category: str, url: str, take: Callable[[Any], None], timeout_s: float) -> _Socket:
     """A connected client that hands every message but pongs to ``take``; _Lost says why there is none."""
-    logging.getLogger("websocket").setLevel(logging.CRITICAL)  # its errors are told by Broken
+    logging.getLogger("websocket").propagate = False  # its errors are told by Broken
     errors: list[Exception] = []
     with _globals:
         kept = pybit.PUBLIC_WSS, websocket.getdefaulttimeout()

@@ -30,8 +30,10 @@ from recur.vocabulary import (
     parse_time,
 )
 
-FETCH_KINDS = ("candles", "mark", "index", "premium", "funding")
-"""What ``recur fetch`` can bring; ``candles`` are the trade candles."""
+FETCH_KINDS = (
+    "candles", "mark", "index", "premium", "funding", "open_interest", "long_short", "instruments",
+)  # fmt: skip
+"""What ``recur fetch`` can bring from the venue; ``candles`` are the trade candles."""
 
 SCHEDULES = tuple(name for name, ms in INTERVALS.items() if 0 < ms <= INTERVALS["1d"])
 """Periods that a schedule can have: those that divide a day."""
@@ -76,6 +78,11 @@ def _is_time(text: str) -> bool:
 
 
 _TIME = _Rule("expected an ISO-8601 UTC time such as 2025-07-01, or empty", lambda x: not x or _is_time(x))
+
+
+def is_pattern(word: str) -> bool:
+    """Whether a word of ``--symbols`` stands for symbols that have yet to be found: ``*USDT`` or ``top:20``."""
+    return "*" in word or "?" in word or word.lower().startswith("top:")
 
 
 def _is_url(text: str) -> bool:
@@ -200,13 +207,19 @@ class FetchConfig:
     """What is brought into the store, and how."""
 
     kinds: tuple[str, ...] = ("candles", "funding")
-    """Any of candles, mark, index, premium, funding."""
+    """Any of candles, mark, index, premium, funding, open_interest, long_short, instruments."""
 
     days: int = 730
-    """Days of history brought the first time, 1 to 10000; later runs continue from what is stored."""
+    """Days of history brought when a series is new, 1 to 10000; later runs continue from what is stored."""
 
-    workers: int = 16
-    """Parallel requests, 1 to 64; the request rate stays below the venue's limit whatever this is."""
+    workers: int = 40
+    """Requests in flight at once, 1 to 64."""
+
+    rate: float = 110.0
+    """Requests per second of this machine, all programs together, above 0, at most 120, which is the venue's limit."""
+
+    lag_s: float = 2.0
+    """Seconds that a bar must have been closed by the venue's clock before it is asked for, 0 to 3600."""
 
     base_url: str = ""
     """Other address of the venue, http(s)://host[:port]; empty for the venue itself. No credentials in it."""
@@ -214,6 +227,7 @@ class FetchConfig:
     def __post_init__(self) -> None:
         url = _Rule("expected http(s)://host[:port] without credentials", lambda x: not x or _is_url(x))
         rules = {"kinds": _one_of(*FETCH_KINDS), "days": _within(1, 10_000), "workers": _within(1, 64)}
+        rules |= {"rate": _within(0, 120, open_low=True), "lag_s": _within(0, 3600)}
         _verify(self, "fetch", rules | {"base_url": url})
         if not self.kinds:
             raise ConfigProblems([("fetch.kinds", f"= []: expected some of {' '.join(FETCH_KINDS)}")])

@@ -29,6 +29,7 @@ from recur.connectors.bybit import BybitConnector
 from recur.connectors.live import BarClosed, Broken, Connected, Event, LiveFeed, Patience, Rejected, Stale
 from recur.connectors.windows import Window, plan_windows
 from recur.pipeline.fetch import FetchPlan, FetchRequest, FetchSummary, plan_fetch, run_fetch
+from recur.pipeline.symbols import expand
 from recur.pipeline.venue_clock import VenueClock
 from recur.storage.store import Store
 from recur.vocabulary import (
@@ -50,9 +51,9 @@ from recur.vocabulary import (
 )
 
 LAG_MS = 1000
-"""A bar counts as closed so long after its close, by the venue's clock."""
+"""A bar counts as closed so long after its close, by the venue's clock, or later when the request says so."""
 UNHINTED_MS = 5000
-"""So long after its close a bar is asked for when the stream has not said that it closed."""
+"""So much later a bar is asked for when the stream has not said that it closed."""
 ASK_AGAIN_MS = 5000
 """A bar that the venue does not have yet is asked again after so long, then twice as long, …"""
 FEW_MISSING = 3
@@ -150,6 +151,8 @@ class Follower:
         self._patience = patience
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._stopped = threading.Event()
+        self._lag_ms = max(LAG_MS, request.lag_ms)
+        self._symbols: tuple[str, ...] = ()
         self._records: list[_Record] = []
         self._hinted: dict[
             str, int
@@ -176,9 +179,8 @@ class Follower:
         try:
             self._begin()
             category, interval = self._request.category, self._request.interval
-            symbols = list(dict.fromkeys(record.series.symbol for record in self._records))
             feed = LiveFeed(
-                category, interval, symbols, self._inbox.put, self._connector.base_url, self._patience
+                category, interval, self._symbols, self._inbox.put, self._connector.base_url, self._patience
             )
             with feed:
                 while not self._over(started):
@@ -200,7 +202,8 @@ class Follower:
         self._fetch_all()
         now_ms, interval = self._measure(), self._request.interval
         kinds = dict.fromkeys("trade" if kind == "candles" else kind for kind in self._request.kinds)
-        for symbol in dict.fromkeys(self._request.symbols):
+        self._symbols = expand(self._request.symbols, self._request.category, self._connector, self._store)
+        for symbol in self._symbols:
             for kind in kinds:
                 if kind in CANDLE_KINDS:
                     series = Series(self._request.category, symbol, interval, kind)
@@ -241,13 +244,13 @@ class Follower:
         """Venue's time at which there is something to ask."""
         interval = self._request.interval
         due = [self._reread_ms + REREAD_ALL_MS]
-        due.append(next_open(min(r.next_ms for r in self._records), interval) + UNHINTED_MS)
+        due.append(next_open(min(r.next_ms for r in self._records), interval) + self._lag_ms + UNHINTED_MS)
         few = [max(r.missing.values()) for r in self._records if 0 < len(r.missing) <= FEW_MISSING]
         if few:  # after 5 s, 10 s, 20 s …
             due.append(self._asked_ms + max(ASK_AGAIN_MS, self._asked_ms - max(few)))
         for record in self._records:
             if self._hinted.get(record.series.symbol, -1) >= record.next_ms:
-                due.append(next_open(record.next_ms, interval) + LAG_MS)
+                due.append(next_open(record.next_ms, interval) + self._lag_ms)
         return min(due)
 
     def _due(self) -> bool:
@@ -327,7 +330,7 @@ class Follower:
         if again:
             self._fetch_all()
             self._reread_ms = now_ms
-        until_ms = floor_open(now_ms - LAG_MS, interval)
+        until_ms = floor_open(now_ms - self._lag_ms, interval)
         windows: list[Window] = []
         for record in self._records:
             if again or record.missing or record.next_ms < until_ms:
@@ -336,7 +339,7 @@ class Follower:
             return
         self.summary.updates += 1
         self._asked_ms = now_ms
-        plan = FetchPlan(self._request, now_ms, self._connector.rate, windows)
+        plan = FetchPlan(self._request, now_ms, self._connector.rate, windows=windows)
         try:
             self.summary.add(run_fetch(self._store, self._connector, plan))
         except VenueRefused as error:  # one symbol's trouble: the others were stored
@@ -389,7 +392,7 @@ class Follower:
     def _stored(self, kind: str, since_ms: int, until_ms: int) -> dict[str, dict[int, float]]:
         """By symbol and open time: the close of each stored bar, in one read."""
         found = self._store.candles(
-            self._request.category, self._request.symbols, self._request.interval, kind, since_ms, until_ms
+            self._request.category, self._symbols, self._request.interval, kind, since_ms, until_ms
         ).select("symbol", pl.col("open_time").dt.epoch("ms"), "close")
         closes: dict[str, dict[int, float]] = {}
         for symbol, open_ms, close in found.iter_rows():

@@ -1,9 +1,8 @@
-"""Short connections to ``market.duckdb``: one writing process at a time, others wait politely.
+"""Turns at ``market.duckdb``: one process at a time, others wait politely.
 
 DuckDB lets one process hold the file for writing, and then refuses every other process at once, readers included.
-So a connection lives for one transaction only; whoever finds the file held tries again until a deadline.
-Within this process connections of one file exclude each other by a lock (DuckDB cannot mix read-only and writing
-connections in one process).
+So a turn is one transaction or one read; whoever finds the file held tries again until a deadline. A session keeps the
+file between its writes only while nobody waits (see ``storage/attached.py``).
 """
 
 from __future__ import annotations
@@ -12,55 +11,25 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import duckdb
 
+from recur.storage.attached import AttachedFile, file_at, waiting
 from recur.storage.schema import VERSION, stored_version, upgrade
 from recur.vocabulary import DataMissing, RecurError, StoreBusy, StoreCorrupt, UsageError
 
 _SETTLE_S = 0.5  # a file that another process is just creating looks broken for an instant
-_BROKEN = (duckdb.IOException, duckdb.FatalException, duckdb.InternalException, duckdb.SerializationException)
-
-
-class _FileLock:
-    """The in-process lock of one file; a thread that would wait for itself gets an error instead."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner = 0
-
-    @contextmanager
-    def hold(self, path: Path, wait_s: float) -> Iterator[None]:
-        if self._owner == threading.get_ident():
-            raise RuntimeError(f"this thread already has a connection to {path} open: close it first")
-        if not self._lock.acquire(timeout=max(wait_s, 0.0)):
-            raise StoreBusy(
-                f"The store {path} is used by another thread of this process for longer than {wait_s:g} s.",
-                "Wait for it to finish, or allow a longer --wait.",
-            )
-        self._owner = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._owner = 0
-            self._lock.release()
-
-
-_locks: dict[Path, _FileLock] = {}
-_locks_guard = threading.Lock()
-
-
-def _lock_of(path: Path) -> _FileLock:
-    with _locks_guard:
-        return _locks.setdefault(path.resolve(), _FileLock())
+_PAUSE_S = 0.005
+_FATAL = (duckdb.FatalException, duckdb.InternalException)
+_BROKEN = (*_FATAL, duckdb.IOException, duckdb.SerializationException)
 
 
 def _translated(error: duckdb.Error, path: Path) -> RecurError:
     """What a DuckDB failure of the file itself means to the user."""
     said = (str(error).strip().splitlines() or [""])[0]
-    if "No space left" in said:
+    if "No space left" in said or "File too large" in said or "quota exceeded" in said:
         return RecurError(
             f"The disk is full: {said}", f"Free some space near {path}; committed data is safe."
         )
@@ -74,42 +43,52 @@ def _translated(error: duckdb.Error, path: Path) -> RecurError:
     )
 
 
-def _open(path: Path, read_only: bool, wait_s: float) -> duckdb.DuckDBPyConnection:
-    """Open the file, waiting up to ``wait_s`` seconds while another process holds it."""
+def _attach(file: AttachedFile, read_only: bool, wait_s: float) -> None:
+    """Attach the file, waiting up to ``wait_s`` seconds while another process holds it."""
     started = time.monotonic()
-    pause = 0.01
-    while True:
-        try:
-            return duckdb.connect(str(path), read_only=read_only)
-        except duckdb.Error as error:
-            waited = time.monotonic() - started
-            held = "Could not set lock" in str(error)
-            if waited >= (wait_s if held else min(wait_s, _SETTLE_S)):
-                if not held:
-                    raise _translated(error, path) from error
-                pid = re.search(r"PID (\d+)", str(error))
-                holder = f"process {pid.group(1)}" if pid else "another process"
-                raise StoreBusy(
-                    f"The store {path} is held by {holder} for longer than {wait_s:g} s.",
-                    "Wait for that process to finish, or allow a longer --wait.",
-                ) from error
-        time.sleep(pause)
-        pause = min(pause * 1.5, 0.2)
+    file.give_way()
+    with ExitStack() as said:
+        announced = False
+        while True:
+            try:
+                return file.attach(read_only)
+            except duckdb.Error as error:
+                waited = time.monotonic() - started
+                held = "Could not set lock" in str(error)
+                if waited >= (wait_s if held else min(wait_s, _SETTLE_S)):
+                    if not held:
+                        raise _translated(error, file.path) from error
+                    pid = re.search(r"PID (\d+)", str(error))
+                    holder = f"process {pid.group(1)}" if pid else "another process"
+                    raise StoreBusy(
+                        f"The store {file.path} is held by {holder} for longer than {wait_s:g} s.",
+                        "Wait for that process to finish, or allow a longer --wait.",
+                    ) from error
+            if not announced:
+                said.enter_context(waiting(file.path))
+                announced = True
+            time.sleep(_PAUSE_S)
 
 
 @contextmanager
-def _file_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except _BROKEN as error:
-        raise _translated(error, path) from error
+def _turn(path: Path, wait_s: float) -> Iterator[AttachedFile]:
+    """This thread's turn at the file; DuckDB's failures of the file leave as errors of ours."""
+    file = file_at(path)
+    with file.hold(wait_s):
+        try:
+            yield file
+        except _BROKEN as error:
+            if isinstance(error, _FATAL):
+                file.abandon()
+            raise _translated(error, path) from error
 
 
 @contextmanager
 def write_connection(path: Path, wait_s: float) -> Iterator[duckdb.DuckDBPyConnection]:
     """One transaction on the store: committed when the block ends, dropped when it raises.
 
-    Creates the folder, the file and the tables when they are absent. Raises StoreBusy, StoreCorrupt, UsageError.
+    Creates the folder, the file and the tables when they are absent. Raises StoreBusy, StoreCorrupt, UsageError, and
+    RecurError when the disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,30 +96,61 @@ def write_connection(path: Path, wait_s: float) -> Iterator[duckdb.DuckDBPyConne
         raise UsageError(
             f"Cannot make the workspace folder {path.parent}: {error.strerror}.", "Give another --home."
         ) from error
-    with _lock_of(path).hold(path, wait_s), _file_errors(path):
-        con = _open(path, read_only=False, wait_s=wait_s)
+    with _turn(path, wait_s) as file:
+        if not file.attached:
+            _attach(file, read_only=False, wait_s=wait_s)
         try:
-            upgrade(con)
-            con.execute("BEGIN")
-            yield con
-            con.execute("COMMIT")
-        finally:
-            con.close()  # without COMMIT this drops the transaction
+            con = file.cursor()
+            try:
+                upgrade(con)
+                con.execute("BEGIN")
+                yield con
+                con.execute("COMMIT")
+            finally:
+                con.close()  # without COMMIT this drops the transaction
+        except BaseException as error:
+            if not isinstance(error, _FATAL):
+                file.finish()
+            raise
+        file.finish()
 
 
 @contextmanager
 def read_connection(path: Path, wait_s: float) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A read-only connection. Raises DataMissing when there is no store yet, StoreBusy, StoreCorrupt, UsageError."""
+    """A connection for reading. Raises DataMissing when there is no store yet, StoreBusy, StoreCorrupt, UsageError."""
     if not path.exists():
         raise DataMissing(f"There is no store at {path} yet.", "Run `recur fetch` first.")
-    with _lock_of(path).hold(path, wait_s), _file_errors(path):
-        con = _open(path, read_only=True, wait_s=wait_s)
+    with _turn(path, wait_s) as file:
+        if not file.attached:
+            _attach(file, read_only=True, wait_s=wait_s)
         try:
+            con = file.cursor()
             if stored_version(con) < VERSION:  # made by an older program, or its making was cut short
                 con.close()
-                with _open(path, read_only=False, wait_s=wait_s) as writable:
-                    upgrade(writable)
-                con = _open(path, read_only=True, wait_s=wait_s)
-            yield con
+                file.detach()
+                _attach(file, read_only=False, wait_s=wait_s)
+                con = file.cursor()
+                upgrade(con)
+            try:
+                yield con
+            finally:
+                con.close()
         finally:
-            con.close()
+            file.finish()
+
+
+@contextmanager
+def session(path: Path) -> Iterator[None]:
+    """While this is open, writes of this process keep the file attached between them unless another process waits."""
+    file, ended = file_at(path), threading.Event()
+    watcher = threading.Thread(target=file.watch, args=(ended,), name="recur-store", daemon=True)
+    file.sessions += 1
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+        with _turn(path, wait_s=60.0) as held:
+            held.sessions -= 1
+            held.finish()

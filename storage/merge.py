@@ -1,7 +1,10 @@
 """The write path: add rows that are not stored yet, revise those whose values changed, leave the rest alone.
 
-One join of what arrives with what is stored in the same time range decides all three. It keeps the key unique
-without an index (see ``storage/schema.py``), so it must run inside the store's single writing transaction.
+What arrives is laid beside what is stored of the same series in the same time range, and one search by key decides all
+three; values are compared only where keys meet. It keeps the key unique without an index (see ``storage/schema.py``), so
+it must run inside the store's single writing transaction.
+
+A key is one integer: the number of the series within the batch, then the time. NaN means "absent" throughout.
 """
 
 from __future__ import annotations
@@ -9,7 +12,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import duckdb
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
+
+from recur.storage.schema import Table
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+_TIME_BITS = 43  # milliseconds until the year 2248
+_ONE = "incoming"  # name under which rows are shown to DuckDB
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,71 +38,222 @@ class PutResult:
         return PutResult(self.new + other.new, self.changed + other.changed, self.same + other.same)
 
 
-def merge(
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of several series, keys ascending and unique. ``series`` (S, K) names, ``at`` (N,) keys, ``values`` V × (N,)."""
+
+    series: list[tuple[str, ...]]
+    at: Ints
+    values: list[Floats]
+
+    @property
+    def time_ms(self) -> Ints:
+        return self.at & ((1 << _TIME_BITS) - 1)
+
+    @property
+    def number(self) -> Ints:
+        return self.at >> _TIME_BITS
+
+    @classmethod
+    def none(cls, table: Table) -> Rows:
+        return cls([], np.empty(0, np.int64), [np.empty(0) for _ in table.values])
+
+    def take(self, mask: Bools) -> Rows:
+        return Rows(self.series, self.at[mask], [column[mask] for column in self.values])
+
+
+def constant(frame: pl.DataFrame, names: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The one value of each column, None when one of them has several (or the frame is empty)."""
+    if frame.is_empty():
+        return None
+    first = frame.row(0)
+    wanted = [first[frame.get_column_index(name)] for name in names]
+    same = frame.lazy().select((pl.col(n) == v).all() for n, v in zip(names, wanted, strict=True)).collect()
+    return tuple(wanted) if all(same.row(0)) else None
+
+
+def rows_of(frame: pl.DataFrame, table: Table, names: tuple[str, ...] | None = None) -> Rows:
+    """``frame`` in the shape that is merged: sorted, of equal keys the last one. ``names``: its one series, if known."""
+    time = frame.get_column(table.time).dt.timestamp("ms").to_numpy()
+    names = names or constant(frame, table.series)
+    if names is not None:
+        series, at = [names], time.astype(np.int64, copy=False)
+    else:
+        first = frame.select(table.series).unique().sort(table.series).with_row_index("number")
+        number = frame.join(first, on=list(table.series), how="left", maintain_order="left").get_column(
+            "number"
+        )
+        series = list(first.drop("number").iter_rows())
+        at = (number.to_numpy().astype(np.int64) << _TIME_BITS) | time
+    return _ordered(series, at, _floats(frame, table))
+
+
+def rows_of_parts(
+    frame: pl.DataFrame, table: Table, parts: list[tuple[tuple[str, ...], int]]
+) -> tuple[Rows, Ints]:
+    """As ``rows_of`` for a frame known to be parts of one series each, in order: (names, height). Also the keys as
+    they came, unsorted.
+    """
+    series = sorted({names for names, _ in parts})
+    place = {names: i for i, names in enumerate(series)}
+    number = np.repeat([place[names] for names, _ in parts], [height for _, height in parts]).astype(np.int64)
+    at = (number << _TIME_BITS) | frame.get_column(table.time).dt.timestamp("ms").to_numpy()
+    return _ordered(series, at, _floats(frame, table)), at
+
+
+def _floats(frame: pl.DataFrame, table: Table) -> list[Floats]:
+    return [frame.get_column(name).cast(pl.Float64).to_numpy() for name in table.values]
+
+
+def _ordered(series: list[tuple[str, ...]], at: Ints, values: list[Floats]) -> Rows:
+    if len(at) > 1 and not bool((at[1:] > at[:-1]).all()):
+        order = np.argsort(at, kind="stable")
+        ordered = at[order]
+        last = np.append(ordered[1:] != ordered[:-1], True)
+        order = order[last]
+        at, values = at[order], [column[order] for column in values]
+    return Rows(series, at, values)
+
+
+def compare(new: Rows, old: Rows) -> tuple[Bools, Bools, Ints]:
+    """What of ``new`` is not in ``old``, what is there with other values, and the place in ``old`` of each known row.
+
+    A NaN in ``new`` is no other value: what is absent says nothing.
+    """
+    if len(new.at) == len(old.at) and bool((new.at == old.at).all()):
+        place, known = np.arange(len(new.at)), np.ones(len(new.at), dtype=bool)
+        differs = np.zeros(len(new.at), dtype=bool)
+        for mine, theirs in zip(new.values, old.values, strict=True):
+            other = mine != theirs
+            if other.any():
+                differs |= other & ~np.isnan(mine)
+        return ~known, differs, place
+    place = np.searchsorted(old.at, new.at)
+    inside = place < len(old.at)
+    known = np.zeros(len(new.at), dtype=bool)
+    known[inside] = old.at[place[inside]] == new.at[inside]
+    differs = np.zeros(len(new.at), dtype=bool)
+    at = place[known]
+    for mine, theirs in zip(new.values, old.values, strict=True):
+        came = mine[known]
+        differs[known] |= (came != theirs[at]) & ~np.isnan(came)
+    return ~known, differs, place
+
+
+def merge(con: duckdb.DuckDBPyConnection, rows: Rows, table: Table, *, source: str, now_ms: int) -> PutResult:
+    """Merge ``rows`` into ``table``. A null never erases a stored value. A row whose values differ updates the stored
+    one, whose ``first_seen`` stays, and leaves old and new values in the table of revisions.
+    """
+    if not len(rows.at):
+        return PutResult()
+    old = _stored(con, rows, table)
+    fresh, differs, place = compare(rows, old)
+    if fresh.all():
+        _append(con, rows, table, source, now_ms)
+        return PutResult(new=len(rows.at))
+    n_new, n_changed = int(fresh.sum()), int(differs.sum())
+    if n_new:
+        _append(con, rows.take(fresh), table, source, now_ms)
+    if n_changed:
+        changed, at = rows.take(differs), place[differs]
+        before = [column[at] for column in old.values]
+        after = [np.where(np.isnan(n), o, n) for n, o in zip(changed.values, before, strict=True)]
+        _revise(con, changed, before, after, table, source, now_ms)
+    return PutResult(n_new, n_changed, len(rows.at) - n_new - n_changed)
+
+
+def _stored(con: duckdb.DuckDBPyConnection, rows: Rows, table: Table) -> Rows:
+    """What is stored of the same series between the first and the last time of each."""
+    names = ", ".join(f"c.{name}" for name in (table.time, *table.values))
+    time = rows.time_ms
+    if len(rows.series) == 1:
+        fixed = "".join(f" AND c.{k} = ?" for k in table.series)
+        found: pl.DataFrame = con.sql(
+            f"""SELECT {names} FROM {table.name} c
+            WHERE c.{table.time} BETWEEN make_timestamp_ms(?) AND make_timestamp_ms(?){fixed}""",
+            params=[int(time[0]), int(time[-1]), *rows.series[0]],
+        ).pl()
+        number = None
+    else:
+        starts = np.searchsorted(rows.number, np.arange(len(rows.series)))
+        ends = np.append(starts[1:], len(time)) - 1
+        spans = pl.DataFrame(rows.series, schema=dict.fromkeys(table.series, pl.String), orient="row")
+        spans = spans.with_columns(
+            pl.Series("number", np.arange(len(starts))),
+            pl.Series("since", time[starts]).cast(pl.Datetime("ms")),
+            pl.Series("until", time[ends]).cast(pl.Datetime("ms")),
+        )
+        con.register("spans", spans)
+        found = con.sql(
+            f"""SELECT {names}, s.number FROM {table.name} c JOIN spans s ON {" AND ".join(f"c.{k} = s.{k}" for k in table.series)}
+            AND c.{table.time} BETWEEN s.since AND s.until
+            WHERE c.{table.time} BETWEEN make_timestamp_ms(?) AND make_timestamp_ms(?)""",
+            params=[int(time.min()), int(time.max())],
+        ).pl()
+        con.unregister("spans")
+        number = found.get_column("number").to_numpy()
+    at = found.get_column(table.time).dt.timestamp("ms").to_numpy()
+    at = at if number is None else (number << _TIME_BITS) | at
+    values = [found.get_column(name).to_numpy() for name in table.values]
+    if len(at) > 1 and not bool((at[1:] > at[:-1]).all()):
+        order = np.argsort(at, kind="stable")
+        at, values = at[order], [column[order] for column in values]
+    return Rows(rows.series, at, values)
+
+
+def _frame(rows: Rows, table: Table, named: bool) -> pl.DataFrame:
+    """``rows`` as the tables want them: naive UTC times, absent values null; series names where they differ."""
+    columns = [pl.Series(table.time, rows.time_ms).cast(pl.Datetime("ms"))]
+    columns += [
+        pl.Series(name, column, nan_to_null=True)
+        for name, column in zip(table.values, rows.values, strict=True)
+    ]
+    if named:
+        number = rows.number
+        columns += [
+            pl.Series(name, [s[i] for s in rows.series], dtype=pl.String).gather(number)
+            for i, name in enumerate(table.series)
+        ]
+    return pl.DataFrame(columns)
+
+
+def _append(con: duckdb.DuckDBPyConnection, rows: Rows, table: Table, source: str, now_ms: int) -> None:
+    single = len(rows.series) == 1
+    con.register(_ONE, _frame(rows, table, named=not single))
+    names = ", ".join("?" for _ in table.series) if single else ", ".join(table.series)
+    con.execute(
+        f"""INSERT INTO {table.name} ({", ".join((*table.key, *table.values))}, source, first_seen)
+        SELECT {names}, {", ".join((table.time, *table.values))}, ?, make_timestamp_ms(?) FROM {_ONE}""",
+        [*(rows.series[0] if single else ()), source, now_ms],
+    )
+    con.unregister(_ONE)
+
+
+def _revise(
     con: duckdb.DuckDBPyConnection,
-    frame: pl.DataFrame,
-    *,
-    table: str,
-    revisions: str,
-    key: tuple[str, ...],
-    values: tuple[str, ...],
+    rows: Rows,
+    before: list[Floats],
+    after: list[Floats],
+    table: Table,
     source: str,
     now_ms: int,
-) -> PutResult:
-    """Merge ``frame`` (columns ``key + values``; the last key column is the time, naive UTC ms) into ``table``.
-
-    A key that stands twice in ``frame`` counts once, the later row wins. A null never erases a stored value. A row
-    whose values differ updates the stored one, whose ``first_seen`` stays, and leaves old and new values in
-    ``revisions``.
-    """
-    if frame.is_empty():
-        return PutResult()
-    time = key[-1]
-    frame = frame.select(*key, *values)
-    if frame.select(pl.struct(key).is_duplicated().any()).item():
-        frame = frame.unique(list(key), keep="last", maintain_order=True)
-    first, last = _span(frame, time)
-    fixed = {k: frame.item(0, k) for k in key[:-1] if frame.get_column(k).n_unique() == 1}
-    matched = [k for k in key if k not in fixed]  # what is the same in every row filters better than it joins
-    within = "".join(f" AND {k} = ?" for k in fixed)
-    keys, names = ", ".join(key), ", ".join(values)
-    merged = ", ".join(f"coalesce(i.{v}, c.{v}) AS {v}, c.{v} AS old_{v}" for v in values)
-    differs = " OR ".join(f"coalesce(i.{v}, c.{v}) IS DISTINCT FROM c.{v}" for v in values)
-    con.register("incoming", frame)
-    con.execute(
-        f"""CREATE OR REPLACE TEMP TABLE delta AS
-        SELECT {", ".join(f"i.{k}" for k in key)}, {merged}, c.first_seen IS NOT NULL AS known
-        FROM incoming i LEFT JOIN (
-            SELECT {keys}, {names}, first_seen FROM {table}
-            WHERE {time} BETWEEN make_timestamp_ms(?) AND make_timestamp_ms(?){within}) c USING ({", ".join(matched)})
-        WHERE c.first_seen IS NULL OR {differs}""",
-        [first, last, *fixed.values()],
+) -> None:
+    frame = _frame(Rows(rows.series, rows.at, after), table, named=True).with_columns(
+        pl.Series(f"old_{name}", column, nan_to_null=True)
+        for name, column in zip(table.values, before, strict=True)
     )
-    con.unregister("incoming")
-    ((touched, changed),) = con.execute("SELECT count(*), count(*) FILTER (known) FROM delta").fetchall()
-    if touched > changed:
-        con.execute(
-            f"""INSERT INTO {table} ({keys}, {names}, source, first_seen)
-            SELECT {keys}, {names}, ?, make_timestamp_ms(?) FROM delta WHERE NOT known ORDER BY {keys}""",
-            [source, now_ms],
-        )
-    if changed:
-        olds, news = ", ".join(f"old_{v}" for v in values), ", ".join(f"new_{v}" for v in values)
-        con.execute(
-            f"""INSERT INTO {revisions} ({keys}, seen_at, source, {olds}, {news})
-            SELECT {keys}, make_timestamp_ms(?), ?, {olds}, {names} FROM delta WHERE known ORDER BY {keys}""",
-            [now_ms, source],
-        )
-        con.execute(
-            f"""UPDATE {table} SET {", ".join(f"{v} = d.{v}" for v in values)}, source = ?
-            FROM delta d WHERE d.known AND {" AND ".join(f"{table}.{k} = d.{k}" for k in key)}
-            AND {table}.{time} BETWEEN make_timestamp_ms(?) AND make_timestamp_ms(?)""",
-            [source, first, last],
-        )
-    con.execute("DROP TABLE delta")
-    return PutResult(new=touched - changed, changed=changed, same=frame.height - touched)
-
-
-def _span(frame: pl.DataFrame, time: str) -> tuple[int, int]:
-    opens = frame.get_column(time).to_physical()
-    return int(opens.min() or 0), int(opens.max() or 0)  # type: ignore[arg-type]
+    con.register(_ONE, frame)
+    keys = ", ".join(table.key)
+    olds, news = (", ".join(f"{side}_{v}" for v in table.values) for side in ("old", "new"))
+    con.execute(
+        f"""INSERT INTO {table.revisions} ({keys}, seen_at, source, {olds}, {news})
+        SELECT {keys}, make_timestamp_ms(?), ?, {olds}, {", ".join(table.values)} FROM {_ONE}""",
+        [now_ms, source],
+    )
+    con.execute(
+        f"""UPDATE {table.name} SET {", ".join(f"{v} = d.{v}" for v in table.values)}, source = ?
+        FROM {_ONE} d WHERE {" AND ".join(f"{table.name}.{k} = d.{k}" for k in table.key)}
+        AND {table.name}.{table.time} BETWEEN make_timestamp_ms(?) AND make_timestamp_ms(?)""",
+        [source, int(rows.time_ms.min()), int(rows.time_ms.max())],
+    )
+    con.unregister(_ONE)

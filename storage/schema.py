@@ -10,6 +10,8 @@ by joining what arrives with what is stored, inside the one writing transaction 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import duckdb
 
 from recur.vocabulary import UsageError
@@ -21,6 +23,34 @@ CANDLE_KEY = ("category", "symbol", "interval", "kind", "open_time")
 CANDLE_VALUES = ("open", "high", "low", "close", "volume", "turnover")
 FUNDING_KEY = ("category", "symbol", "funding_time")
 FUNDING_VALUES = ("rate",)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of numbers on a time axis, with its table of revisions; ``key`` ends with the time column."""
+
+    name: str
+    revisions: str
+    key: tuple[str, ...]
+    values: tuple[str, ...]
+
+    @property
+    def time(self) -> str:
+        return self.key[-1]
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """The key without the time: what names one series."""
+        return self.key[:-1]
+
+
+_POINT_KEY = ("category", "symbol", "interval", "ts")
+CANDLES = Table("candles", "candle_revisions", CANDLE_KEY, CANDLE_VALUES)
+FUNDING = Table("funding", "funding_revisions", FUNDING_KEY, FUNDING_VALUES)
+OPEN_INTEREST = Table("open_interest", "open_interest_revisions", _POINT_KEY, ("open_interest",))
+LONG_SHORT = Table("long_short", "long_short_revisions", _POINT_KEY, ("buy_ratio", "sell_ratio"))
+POINTS = {table.name: table for table in (OPEN_INTEREST, LONG_SHORT)}
+"""Measures that the venue gives at instants on a grid, by the name of their table."""
 
 
 def _doubles(names: tuple[str, ...], prefix: str = "") -> str:
@@ -71,7 +101,35 @@ _VERSION_1 = (
         entry_hash VARCHAR NOT NULL, prev_hash VARCHAR NOT NULL)""",
 )
 
-STEPS: tuple[tuple[str, ...], ...] = (_VERSION_1,)
+
+def _point_revisions(table: Table) -> str:
+    return f"""CREATE TABLE {table.revisions} (
+        category VARCHAR NOT NULL, symbol VARCHAR NOT NULL, interval VARCHAR NOT NULL, ts TIMESTAMP_MS NOT NULL,
+        seen_at TIMESTAMP_MS NOT NULL, source VARCHAR NOT NULL,
+        {_doubles(table.values, "old_")}, {_doubles(table.values, "new_")})"""
+
+
+_VERSION_2 = (
+    *(
+        f"ALTER TABLE {name} ADD COLUMN {column}"
+        for name, columns in {
+            "open_interest": ("source VARCHAR DEFAULT ''",),
+            "long_short": ("source VARCHAR DEFAULT ''",),
+            "instruments": (
+                "contract_type VARCHAR", "base_coin VARCHAR", "quote_coin VARCHAR", "settle_coin VARCHAR",
+                "delivery_time TIMESTAMP_MS", "funding_minutes INTEGER", "turnover_24h DOUBLE", "source VARCHAR",
+            ),
+            "news": ("published_precision VARCHAR", "story_id VARCHAR"),
+        }.items()
+        for column in columns
+    ),
+    "ALTER TABLE instruments DROP COLUMN details",
+    """ALTER TABLE news ALTER COLUMN tags TYPE VARCHAR USING
+        CASE WHEN tags IS NULL THEN NULL ELSE '["' || array_to_string(tags, '","') || '"]' END""",
+    *(_point_revisions(table) for table in POINTS.values()),
+)  # fmt: skip
+
+STEPS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2)
 """``STEPS[n]`` takes a store from schema version n to n + 1. Never edit a released step: append one."""
 
 VERSION = len(STEPS)
@@ -82,9 +140,10 @@ def stored_version(con: duckdb.DuckDBPyConnection) -> int:
 
     Raises UsageError when a newer program wrote it.
     """
-    if not con.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = 'schema_version'").fetchall():
+    try:
+        ((found,),) = con.execute("SELECT max(version) FROM schema_version").fetchall()
+    except duckdb.CatalogException:
         return 0
-    ((found,),) = con.execute("SELECT max(version) FROM schema_version").fetchall()
     version = int(found or 0)
     if version > VERSION:
         raise UsageError(
@@ -99,7 +158,7 @@ def upgrade(con: duckdb.DuckDBPyConnection) -> None:
     version = stored_version(con)
     if version == VERSION:
         return
-    con.execute("BEGIN")
+    con.execute("BEGIN")  # a failure leaves the connection to its owner, who closes it: nothing is half done
     con.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER, applied_at TIMESTAMP_MS)")
     for number in range(version, VERSION):
         for statement in STEPS[number]:

@@ -1,7 +1,11 @@
 """The store: everything a workspace knows about the market, in one DuckDB file, ``<home>/market.duckdb``.
 
-Each method opens the file, does one transaction and closes it again, so several processes can take turns.
-Times are UTC milliseconds (``int``) in arguments and ``Datetime("ms", "UTC")`` in frames; ranges are half-open.
+Each method takes the file, does one transaction and lets go of it, so several processes can take turns; within a
+``session`` it is kept between writes while nobody else waits. Times are UTC milliseconds (``int``) in arguments and
+``Datetime("ms", "UTC")`` in frames; ranges are half-open.
+
+Every row carries ``first_seen``, and what it said before lies in a table of revisions: ``as_of_ms`` reads what this
+store knew at that instant. Tables are described in ``storage/schema.py``, frames in ``storage/frames.py``.
 """
 
 from __future__ import annotations
@@ -13,13 +17,25 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
-from recur.storage import ledger
-from recur.storage.connection import read_connection, write_connection
-from recur.storage.fetched import SUMMARY, Asked, WindowRows, checked_frame, merged_ranges, record
-from recur.storage.frames import CANDLE_SCHEMA, FUNDING_SCHEMA, aware, naive
-from recur.storage.merge import PutResult, merge
-from recur.storage.schema import CANDLE_KEY, CANDLE_VALUES, FUNDING_KEY, FUNDING_VALUES
-from recur.vocabulary import INTERVALS, Series, grid, next_open
+from recur.storage import instruments, ledger, news
+from recur.storage.connection import read_connection, session, write_connection
+from recur.storage.fetched import (
+    SUMMARY,
+    Asked,
+    WindowRows,
+    asked_file,
+    asked_ranges,
+    checked_rows,
+    merged_ranges,
+    names_of,
+    record,
+    table_of,
+)
+from recur.storage.frames import CANDLE_SCHEMA, FUNDING_SCHEMA, POINT_SCHEMAS
+from recur.storage.merge import PutResult, Rows, merge, rows_of
+from recur.storage.schema import CANDLES, FUNDING, POINTS, Table
+from recur.storage.series import read_rows
+from recur.vocabulary import Series, did_you_mean
 
 __all__ = ["CANDLE_SCHEMA", "FUNDING_SCHEMA", "PutResult", "Store", "WindowRows"]
 
@@ -28,7 +44,8 @@ class Store:
     """The DuckDB file of a workspace.
 
     ``wait_s``: how long, in seconds, to wait while another process holds the file. Beyond it every method raises
-    StoreBusy; reading before anything was written raises DataMissing; an unreadable file raises StoreCorrupt.
+    StoreBusy; reading before anything was written raises DataMissing; an unreadable file raises StoreCorrupt; a full
+    disk raises RecurError, and what was committed before stays.
     """
 
     def __init__(self, home: Path, wait_s: float = 30.0) -> None:
@@ -41,11 +58,18 @@ class Store:
         return write_connection(self.path, self.wait_s)
 
     def read(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
-        """A read-only connection; keep it short, it blocks writers.
+        """A connection for reading; keep it short, it blocks writers.
 
         Take all of a result (``fetchall``, ``.pl()``) before the next query: DuckDB refuses to interleave them.
         """
         return read_connection(self.path, self.wait_s)
+
+    def session(self) -> AbstractContextManager[None]:
+        """For a stream of writes: while it is open, the file stays attached between the calls of this process.
+
+        Another process that wants the file gets it after the write at hand, or at once between writes.
+        """
+        return session(self.path)
 
     # -- writing ---------------------------------------------------------------------------------------------
 
@@ -57,45 +81,19 @@ class Store:
         """
         if not batches:
             return PutResult()
-        frames = [checked_frame(batch) for batch in batches]
+        rows, counts = checked_rows(batches)
         asked: list[Asked] = [
-            (
-                b.series,
-                b.since_ms,
-                b.until_ms,
-                b.expected,
-                frame.get_column("open_time").n_unique(),
-                b.status,
-                b.reason,
-            )
-            for b, frame in zip(batches, frames, strict=True)
+            (b.series, b.since_ms, b.until_ms, b.expected, count, b.status, b.reason)
+            for b, count in zip(batches, counts, strict=True)
         ]
-        rows = naive(pl.concat(frames, how="vertical_relaxed"), CANDLE_SCHEMA)
-        with self.write() as con:
-            result = _merge_candles(con, rows, source, now_ms)
-            record(con, asked, source, now_ms)
-        return result
+        return self._put(rows, CANDLES, asked, source, now_ms)
 
     def put_candles(self, frame: pl.DataFrame, *, source: str, now_ms: int) -> PutResult:
         """Store a candle frame that comes whole (a file), recording per series the range and its missing bars."""
         if frame.is_empty():
             return PutResult()
-        spans = frame.group_by("category", "symbol", "interval", "kind", maintain_order=True).agg(
-            pl.col("open_time").dt.epoch("ms").min().alias("first"),
-            pl.col("open_time").dt.epoch("ms").max().alias("last"),
-            pl.col("open_time").n_unique().alias("rows"),
-        )
-        windows = []
-        for category, symbol, interval, kind, first, last, rows in spans.iter_rows():
-            series, until = Series(category, symbol, interval, kind), next_open(last, interval)
-            step = INTERVALS[interval]
-            expected = (until - first) // step if step else len(grid(first, until, interval))
-            status, reason = ("gap", "absent in file") if rows < expected else ("done", "")
-            windows.append((series, first, until, expected, rows, status, reason))
-        with self.write() as con:
-            result = _merge_candles(con, naive(frame, CANDLE_SCHEMA), source, now_ms)
-            record(con, windows, source, now_ms)
-        return result
+        rows = rows_of(frame, CANDLES)
+        return self._put(rows, CANDLES, asked_file(rows, CANDLES), source, now_ms)
 
     def put_funding(
         self,
@@ -103,46 +101,63 @@ class Store:
         *,
         source: str,
         now_ms: int,
-        windows: Sequence[tuple[Series, int, int]] = (),
+        windows: Sequence[tuple[Series, int, int] | Asked] = (),
     ) -> PutResult:
         """Store funding payments and the ranges that were asked for them, in one transaction.
 
         ``windows``: (``Series(category, symbol, "", "funding")``, since_ms, until_ms); without any, the range of
         each symbol in ``frame`` is recorded. An empty frame with windows records that nothing was there.
         """
-        frame = frame.select(pl.col(name).cast(kind) for name, kind in FUNDING_SCHEMA.items())
-        asked = list(windows)
-        if not asked:
-            spans = frame.group_by("category", "symbol", maintain_order=True).agg(
-                pl.col("funding_time").dt.epoch("ms").min().alias("first"),
-                pl.col("funding_time").dt.epoch("ms").max().alias("last"),
-            )
-            asked = [
-                (Series(c, s, "", "funding"), first, last + 1) for c, s, first, last in spans.iter_rows()
-            ]
-        if not asked:
-            return PutResult()
-        records = []
-        for series, since, until in asked:
-            rows = frame.filter(
-                (pl.col("category") == series.category)
-                & (pl.col("symbol") == series.symbol)
-                & pl.col("funding_time").dt.epoch("ms").is_between(since, until, closed="left")
-            ).height
-            status, reason = ("done", "") if rows else ("gap", "venue empty")
-            records.append((series, since, until, None, rows, status, reason))
+        return self._put_ranges(frame, FUNDING, windows, source, now_ms)
+
+    def put_points(
+        self,
+        table: str,
+        frame: pl.DataFrame,
+        *,
+        source: str,
+        now_ms: int,
+        windows: Sequence[tuple[Series, int, int] | Asked] = (),
+    ) -> PutResult:
+        """Store open interest or long/short ratios (``table``: "open_interest", "long_short") with the asked ranges.
+
+        ``windows``: (``Series(category, symbol, interval, table)``, since_ms, until_ms), as for funding; a range
+        with fewer points than its grid is recorded as a gap. A whole record (``Asked``) is taken as it is. Raises
+        ValueError for another table.
+        """
+        return self._put_ranges(frame, _points(table), windows, source, now_ms)
+
+    def put_instruments(self, frame: pl.DataFrame, *, source: str, now_ms: int) -> PutResult:
+        """Append a snapshot of every instrument that is new or changed. See ``storage/instruments.py``."""
         with self.write() as con:
-            result = merge(
-                con,
-                naive(frame, FUNDING_SCHEMA),
-                table="funding",
-                revisions="funding_revisions",
-                key=FUNDING_KEY,
-                values=FUNDING_VALUES,
-                source=source,
-                now_ms=now_ms,
-            )
-            record(con, records, source, now_ms)
+            return instruments.put(con, frame, source, now_ms)
+
+    def put_news(self, frame: pl.DataFrame, *, source: str, now_ms: int) -> PutResult:
+        """Store news items; an edited one becomes a new version. See ``storage/news.py``."""
+        with self.write() as con:
+            return news.put(con, frame, source, now_ms)
+
+    def put_sentiment(self, frame: pl.DataFrame) -> int:
+        """Store scores (columns of ``SENTIMENT_SCHEMA``) that are not there yet; returns how many."""
+        with self.write() as con:
+            return news.put_sentiment(con, frame)
+
+    def _put_ranges(
+        self,
+        frame: pl.DataFrame,
+        table: Table,
+        windows: Sequence[tuple[Series, int, int] | Asked],
+        source: str,
+        now_ms: int,
+    ) -> PutResult:
+        rows = rows_of(frame, table) if frame.height else Rows.none(table)
+        asked = asked_ranges(rows, windows) if windows else asked_file(rows, table)
+        return self._put(rows, table, asked, source, now_ms) if asked else PutResult()
+
+    def _put(self, rows: Rows, table: Table, asked: Sequence[Asked], source: str, now_ms: int) -> PutResult:
+        with self.write() as con:
+            result = merge(con, rows, table, source=source, now_ms=now_ms)
+            record(con, asked, source, now_ms)
         return result
 
     # -- reading ---------------------------------------------------------------------------------------------
@@ -155,20 +170,19 @@ class Store:
         kind: str = "trade",
         since_ms: int | None = None,
         until_ms: int | None = None,
+        as_of_ms: int | None = None,
+        first_values: bool = False,
     ) -> pl.DataFrame:
-        """Stored candles as a candle frame, sorted by its key; empty when nothing fits. None means any."""
-        where, params = _where(category, symbols, since_ms, until_ms, "open_time")
-        for name, wanted in (("interval", interval), ("kind", kind)):
-            if wanted is not None:
-                where.append(f"{name} = ?")
-                params.append(wanted)
-        query = (
-            f"SELECT {', '.join(CANDLE_SCHEMA)} FROM candles WHERE {' AND '.join(where)}"
-            f" ORDER BY {', '.join(CANDLE_KEY)}"
-        )
+        """Stored candles as a candle frame, sorted by its key; empty when nothing fits. None means any.
+
+        ``as_of_ms``: what this store knew at that instant: bars first seen by then, with the values they had.
+        ``first_values`` adds those first seen later, with the first values they ever had here.
+        """
+        wanted = {"category": category, "interval": interval, "kind": kind}
         with self.read() as con:
-            found: pl.DataFrame = con.sql(query, params=params).pl()
-        return aware(found, CANDLE_SCHEMA)
+            return read_rows(
+                con, CANDLES, CANDLE_SCHEMA, wanted, symbols, since_ms, until_ms, as_of_ms, first_values
+            )
 
     def funding(
         self,
@@ -176,16 +190,61 @@ class Store:
         symbols: Sequence[str] | None = None,
         since_ms: int | None = None,
         until_ms: int | None = None,
+        as_of_ms: int | None = None,
+        first_values: bool = False,
     ) -> pl.DataFrame:
-        """Stored funding payments as a funding frame, sorted by its key; empty when nothing fits."""
-        where, params = _where(category, symbols, since_ms, until_ms, "funding_time")
-        query = (
-            f"SELECT {', '.join(FUNDING_SCHEMA)} FROM funding WHERE {' AND '.join(where)}"
-            f" ORDER BY {', '.join(FUNDING_KEY)}"
-        )
+        """Stored funding payments as a funding frame, sorted by its key; arguments as for ``candles``."""
         with self.read() as con:
-            found: pl.DataFrame = con.sql(query, params=params).pl()
-        return aware(found, FUNDING_SCHEMA)
+            return read_rows(
+                con, FUNDING, FUNDING_SCHEMA, {"category": category}, symbols, since_ms, until_ms, as_of_ms,
+                first_values,
+            )  # fmt: skip
+
+    def points(
+        self,
+        table: str,
+        category: str | None = None,
+        symbols: Sequence[str] | None = None,
+        interval: str | None = None,
+        since_ms: int | None = None,
+        until_ms: int | None = None,
+        as_of_ms: int | None = None,
+        first_values: bool = False,
+    ) -> pl.DataFrame:
+        """Open interest or long/short ratios (see ``put_points``), sorted by their key; arguments as for ``candles``."""
+        wanted = {"category": category, "interval": interval}
+        of = _points(table)
+        with self.read() as con:
+            return read_rows(
+                con, of, POINT_SCHEMAS[table], wanted, symbols, since_ms, until_ms, as_of_ms, first_values
+            )
+
+    def instruments(self, category: str | None = None, as_of_ms: int | None = None) -> pl.DataFrame:
+        """The last snapshot of every instrument, or the last one seen by ``as_of_ms``; sorted by name."""
+        with self.read() as con:
+            return instruments.last(con, category, as_of_ms)
+
+    def universe(self, category: str, as_of_ms: int) -> pl.DataFrame:
+        """What could be traded at ``as_of_ms``: launched by then and not yet delivered. Sorted by symbol."""
+        with self.read() as con:
+            return instruments.universe(con, category, as_of_ms)
+
+    def news(
+        self, since_ms: int | None = None, until_ms: int | None = None, as_of_ms: int | None = None
+    ) -> pl.DataFrame:
+        """The newest version of every item published in the range (or the newest known at ``as_of_ms``), by time."""
+        with self.read() as con:
+            return news.read(con, since_ms, until_ms, as_of_ms)
+
+    def unscored(self, run_id: str) -> pl.DataFrame:
+        """All versions of news items that ``run_id`` has not scored yet, as a news frame."""
+        with self.read() as con:
+            return news.unscored(con, run_id)
+
+    def sentiment(self, run_id: str | None = None) -> pl.DataFrame:
+        """The scores of a run, or of all, as a sentiment frame sorted by run and item."""
+        with self.read() as con:
+            return news.sentiment(con, run_id)
 
     def windows(self, series: Series) -> list[tuple[int, int]]:
         """Ranges ``(since_ms, until_ms)`` that were asked before, with or without gaps, merged and ascending.
@@ -203,21 +262,16 @@ class Store:
         return merged_ranges(asked)
 
     def last_open(self, series: Series) -> int | None:
-        """Open time (for funding: payment time) of the newest stored row of a series, None when there is none."""
+        """Open time (for funding and points: their instant) of the newest stored row of a series, None without any."""
         if not self.path.exists():
             return None
+        table = table_of(series)
         with self.read() as con:
-            if series.kind == "funding":
-                ((newest,),) = con.execute(
-                    "SELECT epoch_ms(max(funding_time)) FROM funding WHERE category = ? AND symbol = ?",
-                    [series.category, series.symbol],
-                ).fetchall()
-            else:
-                ((newest,),) = con.execute(
-                    """SELECT epoch_ms(max(open_time)) FROM candles
-                    WHERE category = ? AND symbol = ? AND interval = ? AND kind = ?""",
-                    [series.category, series.symbol, series.interval, series.kind],
-                ).fetchall()
+            ((newest,),) = con.execute(
+                f"""SELECT epoch_ms(max({table.time})) FROM {table.name}
+                WHERE {" AND ".join(f"{column} = ?" for column in table.series)}""",
+                list(names_of(series)),
+            ).fetchall()
         return None if newest is None else int(newest)
 
     def series_summary(self) -> pl.DataFrame:
@@ -245,33 +299,7 @@ class Store:
             return ledger.read(con, limit, symbols)
 
 
-def _where(
-    category: str | None, symbols: Sequence[str] | None, since_ms: int | None, until_ms: int | None, time: str
-) -> tuple[list[str], list[object]]:
-    where, params = ["true"], list[object]()
-    if category is not None:
-        where.append("category = ?")
-        params.append(category)
-    if symbols is not None:
-        where.append("symbol IN (SELECT unnest(?::VARCHAR[]))")
-        params.append(list(symbols))
-    for bound, sign in ((since_ms, ">="), (until_ms, "<")):
-        if bound is not None:
-            where.append(f"{time} {sign} make_timestamp_ms(?)")
-            params.append(bound)
-    return where, params
-
-
-def _merge_candles(
-    con: duckdb.DuckDBPyConnection, frame: pl.DataFrame, source: str, now_ms: int
-) -> PutResult:
-    return merge(
-        con,
-        frame,
-        table="candles",
-        revisions="candle_revisions",
-        key=CANDLE_KEY,
-        values=CANDLE_VALUES,
-        source=source,
-        now_ms=now_ms,
-    )
+def _points(table: str) -> Table:
+    if table not in POINTS:
+        raise ValueError(f"no table of points is called '{table}'{did_you_mean(table, POINTS)}")
+    return POINTS[table]

@@ -213,6 +213,8 @@ def test_the_sandbox_serves_until_it_is_told_to_end_and_fetch_brings_its_market(
             with urllib.request.urlopen(f"{url}/v5/market/time", timeout=10) as reply:
                 assert json.load(reply)["time"] == 1736035200000
             fetch = [
+                "--set",
+                "fetch.lag_s=0",
                 "fetch",
                 "--source",
                 "sandbox",

@@ -40,29 +40,9 @@ from recur.vocabulary import (
 from tests.following import NOW, QUICK, START, WORLD, Fault, eventually, following, stored, truth
 
 SYMBOLS = ("BTCUSDT", "ETHUSDT")
-KLINE_FAULTS = tuple(
-    [
-        "close-1000",
-        "close-1001",
-        "close-1006",
-        "reset",
-        "half-open",
-        "outage-short",
-        "outage",
-        "no-confirm",
-        "two-confirms",
-        "late-confirm",
-        "out-of-order",
-        "duplicate",
-        "gap",
-        "bad-json",
-        "binary",
-        "no-topic",
-        "unknown-topic",
-        "burst",
-        "disagree",
-    ]
-)
+KLINE_FAULTS = ("close-1000", "close-1001", "close-1006", "reset", "half-open", "outage-short", "outage")
+KLINE_FAULTS += ("no-confirm", "two-confirms", "late-confirm", "out-of-order", "duplicate", "gap")
+KLINE_FAULTS += ("bad-json", "binary", "no-topic", "unknown-topic", "burst", "disagree")
 
 
 # -- a day --------------------------------------------------------------------------------------------
@@ -144,7 +124,6 @@ def follow_a_time(home: Path, hours: float, speed: float, interval: str, seed: i
     assert len(keys) == len(set(keys))  # one line for each bar
     assert set(KLINE_FAULTS) & set(faults.drawn)
     assert follower.summary.breaks > 0
-    assert follower.summary.changed > 0
     assert follower.summary.gaps == 0
     return follower.summary
 
@@ -162,6 +141,7 @@ def test_a_day_of_following_under_random_faults_ends_with_the_venues_candles(
     summary = follow_a_time(tmp_path, hours=24, speed=720.0, interval="1m", seed=seed)
     assert summary.bars >= 2 * 24 * 60 - 4
     assert summary.breaks >= 10
+    assert summary.changed > 100
 
 
 # -- clocks -------------------------------------------------------------------------------------------

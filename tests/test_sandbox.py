@@ -161,7 +161,7 @@ def test_wrong_requests_are_answered_with_10001(client: Client, query: dict[str,
 
 def test_unknown_paths_are_404(client: Client) -> None:
     with pytest.raises(FailedRequestError) as caught:
-        client.http.get_tickers(category="linear")
+        client.http.get_insurance()
     assert caught.value.status_code == 404
 
 

@@ -1,4 +1,4 @@
-"""Ranges, windows, verification of answers, and the token bucket: pure parts of fetching."""
+"""Ranges, windows and the verification of answers: pure parts of fetching."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recur.connectors.ratelimit import TokenBucket
 from recur.connectors.windows import Window, missing_ranges, plan_windows, verify
 from recur.vocabulary import HOUR_MS, Series, VenueError, parse_time
 
@@ -135,51 +134,3 @@ def test_verify_accepts_real_candles_of_the_venue() -> None:
     opens = rows["open_time"].dt.epoch("ms")
     window = Window(HOURLY, opens[0], opens[-1] + HOUR_MS, (opens[-1] - opens[0]) // HOUR_MS + 1)
     assert verify(window, rows)[0].height == 1000
-
-
-class Clock:
-    """Seconds that pass only by sleeping."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.slept: list[float] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(round(seconds, 6))
-        self.now += seconds
-
-
-def test_the_bucket_gives_a_burst_and_then_the_rate() -> None:
-    clock = Clock()
-    bucket = TokenBucket(10.0, burst=3, clock=clock, sleep=clock.sleep)
-    waits = [round(bucket.take(), 6) for _ in range(6)]
-    assert waits == [0.0, 0.0, 0.0, 0.1, 0.1, 0.1]
-
-
-def test_the_default_bucket_stays_below_600_requests_in_any_5_seconds() -> None:
-    clock = Clock()
-    bucket = TokenBucket(clock=clock, sleep=clock.sleep)
-    sent = []
-    for _ in range(2000):
-        bucket.take()
-        sent.append(clock.now)
-    assert max(sum(at <= other < at + 5 for other in sent) for at in sent[::50]) <= 520
-
-
-def test_a_pause_holds_everyone_back_and_gives_no_burst_afterwards() -> None:
-    clock = Clock()
-    bucket = TokenBucket(10.0, burst=3, clock=clock, sleep=clock.sleep)
-    bucket.pause(2.0)
-    assert round(bucket.take(), 6) == 2.1
-    assert round(bucket.take(), 6) == 0.1
-
-
-def test_slowing_down_halves_the_rate_to_a_floor() -> None:
-    bucket = TokenBucket(3.0, burst=1)
-    bucket.slow_down()
-    assert bucket.rate_per_s == 1.5
-    bucket.slow_down()
-    assert bucket.rate_per_s == 1.0

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from recur.connectors.sandbox.feed import feed
+from recur.connectors.sandbox.positions import GRID_MS, long_share, open_interest
 from recur.connectors.sandbox.process import Process, autoregression
-from recur.connectors.sandbox.world import Candles, Floats, Millis, aggregate, instrument_row, nests
-from recur.vocabulary import HOUR_MS, INTERVALS, UsageError, VenueRefused, check_interval, floor_open
+from recur.connectors.sandbox.world import (
+    Announcement,
+    Candles,
+    Floats,
+    Life,
+    Maintenance,
+    Millis,
+    aggregate,
+    instrument_row,
+    nests,
+)
+from recur.vocabulary import DAY_MS, HOUR_MS, INTERVALS, UsageError, VenueRefused, check_interval, floor_open
 
 FUNDING_MS = 8 * HOUR_MS
 _PRICE = {"BTCUSDT": 60_000.0, "ETHUSDT": 3_000.0, "SOLUSDT": 150.0, "BNBUSDT": 600.0}
@@ -24,8 +36,9 @@ class GeneratedMarket:
 
     It runs from ``start_ms`` (moved back to the hour) to ``end_ms`` (moved back to the base grid). The same
     symbols trade in ``linear`` and ``spot``. Bars of ``base_interval`` (one hour or a part of it) are drawn,
-    coarser ones are their exact aggregates. ``signal`` plants a predictor: see ``predictor``.
-    Raises UsageError for arguments outside these rules.
+    coarser ones are their exact aggregates. ``signal`` plants a predictor: see ``predictor``. ``lives`` says
+    when a symbol trades, for those that do not trade all the time (``extra_lives`` makes three); it may name
+    further symbols. During ``maintenance`` there are no bars. Raises UsageError for arguments outside these rules.
     """
 
     def __init__(
@@ -36,6 +49,8 @@ class GeneratedMarket:
         symbols: Sequence[str] = ("BTCUSDT", "ETHUSDT", "SOLUSDT", "BNBUSDT"),
         signal: float = 0.0,
         base_interval: str = "5m",
+        lives: Mapping[str, Life] | None = None,
+        maintenance: Sequence[Maintenance] = (),
     ) -> None:
         if not nests(check_interval(base_interval), "1h"):
             raise UsageError(f"The base interval must divide one hour, found '{base_interval}'.")
@@ -46,10 +61,16 @@ class GeneratedMarket:
         self._n = (self.end_ms - self.start_ms) // self._step
         if self._n < 1 or not symbols:
             raise UsageError("A generated market needs at least one bar and one symbol.")
-        self._symbols = sorted(symbols)
+        self._lives = dict(lives or {})
+        self._symbols = sorted({*symbols, *self._lives})
+        self._maintenance = sorted(maintenance, key=lambda m: m.begin_ms)
         self._process = Process(seed, self.start_ms, self._n, self._step, signal)
         self._opens = self.start_ms + self._step * np.arange(self._n, dtype=np.int64)
         self._cache: dict[tuple[str, str, str, str], Candles] = {}
+        self._wholes: dict[tuple[str, str, str], Candles] = {}
+        self._events: dict[tuple[str, str, int], tuple[Millis, Floats]] = {}
+        self._feed: list[Announcement] | None = None
+        self._seed = seed
         self._lock = threading.RLock()
 
     def symbols(self, category: str) -> list[str]:
@@ -57,7 +78,12 @@ class GeneratedMarket:
 
     def instrument(self, category: str, symbol: str) -> dict[str, Any]:
         tick = 10.0 ** -_decimals(symbol)
-        return instrument_row(category, symbol, self.start_ms, tick, FUNDING_MS // 60_000)
+        launch_ms = self.life(category, symbol).listed_ms
+        return instrument_row(category, symbol, launch_ms, tick, FUNDING_MS // 60_000)
+
+    def life(self, category: str, symbol: str) -> Life:
+        """What ``lives`` says, else all the time."""
+        return self._lives.get(symbol, Life(self.start_ms))
 
     def base_interval(self, category: str, symbol: str, kind: str) -> str:
         return self._base
@@ -69,28 +95,102 @@ class GeneratedMarket:
         key = (category, symbol, kind, interval)
         with self._lock:
             if key not in self._cache:
-                if interval != self._base:
-                    made = aggregate(self.candles(category, symbol, kind, self._base), self._base, interval)
-                elif category == "spot":
+                if interval == self._base:
+                    self._cache[key] = self._traded(category, symbol, self._whole(category, symbol, kind))
+                else:
+                    fine = self.candles(category, symbol, kind, self._base)
+                    self._cache[key] = aggregate(fine, self._base, interval)
+            return self._cache[key]
+
+    def _whole(self, category: str, symbol: str, kind: str) -> Candles:
+        """Base bars from the world's begin to its end, whether the symbol is listed or not."""
+        key = (category, symbol, kind)
+        with self._lock:
+            if key not in self._wholes:
+                if category == "spot":
                     made = self._spot(symbol)
                 elif kind == "trade":
                     made = self._trade(symbol)
                 else:
                     made = self._beside(symbol, kind)
-                self._cache[key] = made
-            return self._cache[key]
+                self._wholes[key] = made
+            return self._wholes[key]
+
+    def _traded(self, category: str, symbol: str, bars: Candles) -> Candles:
+        """Those of ``bars`` that open while the symbol is listed and no maintenance runs."""
+        life = self.life(category, symbol)
+        last_ms = self.end_ms if life.delisted_ms is None else life.delisted_ms
+        low, high = (int(i) for i in np.searchsorted(bars.open_time, (life.listed_ms, last_ms)))
+        bars = bars[low:high] if (low, high) != (0, len(bars)) else bars
+        for pause in self._maintenance:
+            absent = (bars.open_time >= floor_open(pause.begin_ms, self._base)) & (
+                bars.open_time < pause.end_ms
+            )
+            bars = bars[~absent] if absent.any() else bars
+        return bars
 
     def funding(self, category: str, symbol: str) -> tuple[Millis, Floats]:
         """Each 8 hours: mean premium P of the past 8 hours plus 0.01 % - P held within 0.05 %, as the venue does."""
         if category != "linear":
             return np.empty(0, np.int64), np.empty(0)
-        sums = np.r_[0.0, np.cumsum(self.candles(category, symbol, "premium", self._base).close)]
+        return self._once(("funding", symbol, 0), lambda: self._made_funding(symbol))
+
+    def _made_funding(self, symbol: str) -> tuple[Millis, Floats]:
+        sums = np.r_[0.0, np.cumsum(self._whole("linear", symbol, "premium").close)]
         times = np.arange(-(-self.start_ms // FUNDING_MS) * FUNDING_MS, self.end_ms + 1, FUNDING_MS)
         times = times[times > self.start_ms].astype(np.int64)
         ends = (times - self.start_ms) // self._step
         begins = np.maximum(ends - FUNDING_MS // self._step, 0)
         premium = (sums[ends] - sums[begins]) / (ends - begins)
-        return times, np.round(premium + np.clip(1e-4 - premium, -5e-4, 5e-4), 8)
+        return self._listed(symbol, times, np.round(premium + np.clip(1e-4 - premium, -5e-4, 5e-4), 8))
+
+    def open_interest(self, category: str, symbol: str, step_ms: int) -> tuple[Millis, Floats]:
+        """See ``positions``; only linear contracts have any."""
+        return self._positions(category, symbol, step_ms, open_interest)
+
+    def account_ratio(self, category: str, symbol: str, step_ms: int) -> tuple[Millis, Floats]:
+        """See ``positions``; only linear contracts have any."""
+        return self._positions(category, symbol, step_ms, long_share)
+
+    def maintenance(self) -> Sequence[Maintenance]:
+        return self._maintenance
+
+    def announcements(self) -> Sequence[Announcement]:
+        """See ``feed``."""
+        with self._lock:
+            if self._feed is None:
+                lives = {symbol: self.life("linear", symbol) for symbol in self._symbols}
+                self._feed = feed(self._seed, self.start_ms, self.end_ms, lives, self._maintenance)
+            return self._feed
+
+    def _positions(
+        self, category: str, symbol: str, step_ms: int, derive: Callable[[Process, str, Candles], Floats]
+    ) -> tuple[Millis, Floats]:
+        if category != "linear":
+            return np.empty(0, np.int64), np.empty(0)
+
+        def made() -> tuple[Millis, Floats]:
+            values = derive(self._process, symbol, self._whole("linear", symbol, "trade"))
+            times = self.start_ms + GRID_MS * np.arange(len(values), dtype=np.int64)
+            on_grid = times % step_ms == 0
+            return self._listed(symbol, times[on_grid], values[on_grid])
+
+        return self._once((derive.__name__, symbol, step_ms), made)
+
+    def _once(
+        self, key: tuple[str, str, int], make: Callable[[], tuple[Millis, Floats]]
+    ) -> tuple[Millis, Floats]:
+        with self._lock:
+            if key not in self._events:
+                self._events[key] = make()
+            return self._events[key]
+
+    def _listed(self, symbol: str, times: Millis, values: Floats) -> tuple[Millis, Floats]:
+        life = self.life("linear", symbol)
+        kept = times >= life.listed_ms
+        if life.delisted_ms is not None:
+            kept &= times <= life.delisted_ms
+        return times[kept], values[kept]
 
     def predictor(self, symbol: str) -> tuple[Millis, Floats]:
         """(open times of hours, z): z of an hour shows in its volume and moves the next hour's return."""
@@ -154,7 +254,7 @@ class GeneratedMarket:
             high = np.round(np.maximum(ends[:-1], ends[1:]) + reach[:, 0], 8)
             low = np.round(np.minimum(ends[:-1], ends[1:]) - reach[:, 1], 8)
             return Candles(self._opens, ends[:-1], high, low, ends[1:], absent, absent)
-        trade = self.candles("linear", symbol, "trade", self._base)
+        trade = self._whole("linear", symbol, "trade")
         share = {"index": 1.0, "mark": 0.5}[kind]
         decimals = _decimals(symbol)
         factor = np.exp(-share * premium)
@@ -167,10 +267,20 @@ class GeneratedMarket:
 
     def _spot(self, symbol: str) -> Candles:
         """The index with 30 % of the perpetual's volume."""
-        index = self.candles("linear", symbol, "index", self._base)
-        volume = np.round(0.3 * self.candles("linear", symbol, "trade", self._base).volume, _VOLUME_DECIMALS)
+        index = self._whole("linear", symbol, "index")
+        volume = np.round(0.3 * self._whole("linear", symbol, "trade").volume, _VOLUME_DECIMALS)
         turnover = np.round(volume * (index.open + index.close) / 2, 4)
         return Candles(self._opens, index.open, index.high, index.low, index.close, volume, turnover)
+
+
+def extra_lives(start_ms: int, end_ms: int) -> dict[str, Life]:
+    """Three symbols for ``lives``: delisted after a third of the time, listed after half of it, not listed yet."""
+    third, half = (floor_open(start_ms + (end_ms - start_ms) // part, "1d") for part in (3, 2))
+    return {
+        "GONEUSDT": Life(floor_open(start_ms, "1h"), third),
+        "NEWUSDT": Life(half),
+        "SOONUSDT": Life(end_ms + 30 * DAY_MS),
+    }
 
 
 def _decimals(symbol: str) -> int:

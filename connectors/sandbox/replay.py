@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from recur.connectors.sandbox.world import Candles, Floats, Millis, aggregate, instrument_row, nests
+from recur.connectors.sandbox.world import (
+    Announcement,
+    Candles,
+    Floats,
+    Life,
+    Maintenance,
+    Millis,
+    aggregate,
+    instrument_row,
+    nests,
+)
 from recur.vocabulary import INTERVALS, UsageError, VenueRefused, next_open
 
 _PRICES = ("open", "high", "low", "close", "volume", "turnover")
@@ -56,6 +67,10 @@ class ReplayMarket:
     def instrument(self, category: str, symbol: str) -> dict[str, Any]:
         return instrument_row(category, symbol, self._ranges[category, symbol], 0.0001, 480)
 
+    def life(self, category: str, symbol: str) -> Life:
+        """From the first recorded bar, without an end."""
+        return Life(self._ranges[category, symbol])
+
     def base_interval(self, category: str, symbol: str, kind: str) -> str:
         """Finest recorded interval; raises VenueRefused when this kind was not recorded."""
         recorded = self._recorded.get((category, symbol, kind))
@@ -82,6 +97,22 @@ class ReplayMarket:
         own = self._funding.filter(pl.col("category") == category, pl.col("symbol") == symbol)
         own = own.sort("funding_time")
         return own["funding_time"].dt.epoch("ms").to_numpy(), own["rate"].to_numpy()
+
+    def open_interest(self, category: str, symbol: str, step_ms: int) -> tuple[Millis, Floats]:
+        """Not recorded: empty."""
+        return np.empty(0, np.int64), np.empty(0)
+
+    def account_ratio(self, category: str, symbol: str, step_ms: int) -> tuple[Millis, Floats]:
+        """Not recorded: empty."""
+        return np.empty(0, np.int64), np.empty(0)
+
+    def maintenance(self) -> Sequence[Maintenance]:
+        """Not recorded: empty."""
+        return ()
+
+    def announcements(self) -> Sequence[Announcement]:
+        """Not recorded: empty."""
+        return ()
 
     def _rows(self, category: str, symbol: str, kind: str, interval: str) -> Candles:
         wanted = dict(zip(_KEYS, (category, symbol, kind, interval), strict=True))

@@ -2,76 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import logging
 import socket
-import sys
 import threading
 import time
-from collections import Counter, deque
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections import Counter
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
-from urllib.parse import parse_qsl, urlsplit
+from typing import Self
 
+from recur.connectors.sandbox import wire
+from recur.connectors.sandbox.clock import AddressLimit, VirtualClock
 from recur.connectors.sandbox.endpoints import Endpoints
+from recur.connectors.sandbox.faults import Fault, FaultPlan
+from recur.connectors.sandbox.spoil import Strike, spoil
 from recur.connectors.sandbox.stream import StreamFaults, Streams
+from recur.connectors.sandbox.wire import Reply, Request
 from recur.connectors.sandbox.world import World
+
+__all__ = ["AddressLimit", "SandboxServer", "VirtualClock"]
 
 _log = logging.getLogger(__name__)
 
-LIMIT_REQUESTS = 600
-LIMIT_WINDOW_S = 5.0
-
-
-class VirtualClock:
-    """The venue's time: starts at ``now_ms`` and runs ``speed`` times as fast as real time (0 stands still)."""
-
-    def __init__(self, now_ms: int, speed: float = 0.0) -> None:
-        self._speed = speed
-        self._anchor = (now_ms, time.monotonic())
-
-    def now_ms(self) -> int:
-        at_ms, since = self._anchor
-        return at_ms + int((time.monotonic() - since) * 1000 * self._speed)
-
-    def set(self, ms: int) -> None:
-        """Jump to ``ms``; the pace stays."""
-        self._anchor = (ms, time.monotonic())
-
-
-class AddressLimit:
-    """The venue's limit per address: over 600 requests in 5 s bans it; each request while banned extends the ban."""
-
-    def __init__(self, ban_s: float = 600.0) -> None:
-        self._ban_s = ban_s
-        self._banned_until = 0.0
-        self._recent: deque[float] = deque()
-        self._lock = threading.Lock()
-        self.refused = 0
-        self.most_in_window = 0
-
-    def admits(self, at_s: float) -> bool:
-        """Count one request at ``at_s`` (monotonic seconds) and say whether it is served."""
-        with self._lock:
-            self._recent.append(at_s)
-            while self._recent[0] <= at_s - LIMIT_WINDOW_S:
-                self._recent.popleft()
-            self.most_in_window = max(self.most_in_window, len(self._recent))
-            if at_s < self._banned_until or len(self._recent) > LIMIT_REQUESTS:
-                self._banned_until = at_s + self._ban_s
-                self.refused += 1
-                return False
-            return True
+_BACKLOG = 128
+_LOOK_UP_S = 0.02
 
 
 class SandboxServer:
     """Serves ``world`` over HTTP/1.1 on ``host``:``port`` (0 = any free port), one thread per connection.
 
-    The same port takes WebSocket connections to ``/v5/public/{category}``, see ``stream``.
+    The same port takes WebSocket connections to ``/v5/public/{category}``.
 
     Use it as a context manager (gives the server; its ``base_url`` is what a client needs), or call ``start``
     and ``stop``. ``requests`` counts the requests per path, ``connections`` the sockets opened, ``limit``
     keeps the address limit, which refuses (HTTP 403) only with ``enforce_limit``.
+
+    ``faults``     what goes wrong, and when; ``fault_counts`` says how often each fault struck
+    ``latency_s``  each reply leaves so much later; connections wait on their own
+    ``compress``   gzip for clients that accept it
+    ``stream_faults``  the same for its WebSocket connections, see ``stream``; by default ``faults`` serve both
     """
 
     def __init__(
@@ -82,43 +53,60 @@ class SandboxServer:
         host: str = "127.0.0.1",
         enforce_limit: bool = False,
         ban_s: float = 600.0,
+        faults: FaultPlan | None = None,
+        latency_s: float = 0.0,
+        compress: bool = False,
         stream_faults: StreamFaults | None = None,
     ) -> None:
         self.endpoints = Endpoints(world)
         self.clock = clock
-        self.streams = Streams(world, self.endpoints, clock, stream_faults)
         self.requests: Counter[str] = Counter()
         self.connections = 0
         self.limit = AddressLimit(ban_s)
         self.enforce_limit = enforce_limit
-        self._address = (host, port)
-        self._http: _Http | None = None
-        self._thread: threading.Thread | None = None
+        self.faults = faults or FaultPlan()
+        self.streams = Streams(world, self.endpoints, clock, stream_faults or self.faults)
+        self.latency_s = latency_s
+        self.compress = compress
         self.lock = threading.Lock()
+        self._address = (host, port)
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._open: set[socket.socket] = set()
+        self._outage: tuple[float, bool] | None = (
+            None  # (until this monotonic second, stalling instead of refusing)
+        )
+        self._out = threading.Event()
 
     @property
     def base_url(self) -> str:
         """``http://host:port`` of the running server; raises RuntimeError before ``start``."""
-        if self._http is None:
+        if self._thread is None:
             raise RuntimeError("the sandbox server is not running")
-        return f"http://{self._address[0]}:{self._http.server_address[1]}"
+        return f"http://{self._address[0]}:{self._port}"
+
+    @property
+    def fault_counts(self) -> Counter[str]:
+        """How often each fault struck, by name."""
+        return self.faults.counts
 
     def start(self) -> str:
         """Listen and serve in the background; returns ``base_url``. OSError if the port is taken."""
-        self._http = _Http(self._address, self)
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
+        listener = self._listener(self._address, _BACKLOG)
+        self._port: int = listener.getsockname()[1]
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._listen, args=(listener,), name="sandbox", daemon=True)
         self._thread.start()
         return self.base_url
 
     def stop(self) -> None:
         """Stop listening and cut every open connection; does nothing when not running."""
-        if self._http is None or self._thread is None:
+        if self._thread is None:
             return
-        self._http.shutdown()
+        self._stopping.set()
         self._thread.join()
-        self._http.server_close()
-        self._http.cut_connections()
-        self._http = self._thread = None
+        self._thread = None
+        self._cut()
 
     def __enter__(self) -> Self:
         self.start()
@@ -129,79 +117,126 @@ class SandboxServer:
     ) -> None:
         self.stop()
 
+    # -- connections ------------------------------------------------------------------------------------------
 
-class _Http(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
+    @staticmethod
+    def _listener(address: tuple[str, int], backlog: int) -> socket.socket:
+        listener = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(backlog)
+        except OSError:
+            listener.close()
+            raise
+        listener.settimeout(_LOOK_UP_S)
+        return listener
 
-    def __init__(self, address: tuple[str, int], sandbox: SandboxServer) -> None:
-        self.sandbox = sandbox
-        self._open: set[socket.socket] = set()
-        super().__init__(address, _Handler)
+    def _listen(self, listener: socket.socket) -> None:
+        while not self._stopping.is_set():
+            if self._outage:
+                listener = self._suffer(listener, *self._outage)
+                continue
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
+            fault = self.faults.take("connect", "", self.clock.now_ms())
+            with self.lock:
+                self.connections += 1
+            if fault:
+                wire.abort(connection)
+                connection.close()
+                continue
+            with self.lock:
+                self._open.add(connection)
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+        listener.close()
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        with self.sandbox.lock:
-            self.sandbox.connections += 1
-            self._open.add(request)
-        super().process_request(request, client_address)
+    def _suffer(self, listener: socket.socket, until_s: float, stalling: bool) -> socket.socket:
+        """Be away until then: refuse connections, or leave them without an answer. Returns the new listener."""
+        address = (self._address[0], self._port)
+        listener.close()
+        with contextlib.ExitStack() as waiting:
+            if stalling:  # a full queue: the system drops every further attempt to connect
+                waiting.enter_context(self._listener(address, 0))
+                for _ in range(2):
+                    filler = waiting.enter_context(socket.socket())
+                    filler.setblocking(False)
+                    filler.connect_ex(address)
+            self._cut()
+            self._out.set()
+            self._stopping.wait(max(0.0, until_s - time.monotonic()))
+        self._outage = None
+        return self._listener(address, _BACKLOG)
 
-    def shutdown_request(self, request: Any) -> None:
-        with self.sandbox.lock:
-            self._open.discard(request)
-        super().shutdown_request(request)
-
-    def cut_connections(self) -> None:
+    def _cut(self) -> None:
         """Wake every handler that waits for a next request, so that its thread ends and closes its socket."""
-        with self.sandbox.lock:
+        with self.lock:
             waiting = list(self._open)
         for connection in waiting:
-            try:
+            with contextlib.suppress(OSError):  # the client has already left
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError as gone:  # the client has already left
-                _log.debug("closing a connection: %s", gone)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        error = sys.exception()
-        if isinstance(error, ConnectionError):
-            _log.debug("client %s left: %s", client_address, error)
-        else:
-            _log.error("while serving %s", client_address, exc_info=error)
+    def _serve(self, connection: socket.socket) -> None:
+        stopping = self._stopping
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with connection.makefile("rb") as reader:
+                while request := wire.read_request(reader):
+                    if request.path in self.streams and "upgrade" in request.headers:
+                        self.streams.serve(request.path, request.head, connection)
+                        break
+                    reply = self.reply(request)
+                    if (wait_s := self.latency_s + reply.delay_s) > 0 and stopping.wait(wait_s):
+                        break
+                    last = request.headers.get("connection", "").lower() == "close"
+                    if not reply.send(connection, reply, stopping) or last:
+                        break
+        except OSError as error:
+            _log.debug("a client left: %s", error)
+        except Exception:  # noqa: BLE001  one bad request must not end the server
+            _log.exception("while serving a request")
+        finally:
+            with self.lock:
+                self._open.discard(connection)
+            connection.close()
 
+    # -- requests ---------------------------------------------------------------------------------------------
 
-class _Handler(BaseHTTPRequestHandler):
-    server: _Http
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    wbufsize = 1 << 18  # head and body leave in one write
+    def reply(self, request: Request) -> Reply:
+        """What the venue answers now, spoilt by a fault when one is due."""
+        with self.lock:
+            self.requests[request.path] += 1
+        now_ms = self.clock.now_ms()
+        fault = self.faults.take(request.path, request.query.get("symbol", ""), now_ms, request.query)
+        if not self.limit.admits(time.monotonic()) and (self.enforce_limit or self.limit.imposed):
+            return Reply(403, b"access too frequent", "text/plain")
+        if request.path not in self.endpoints:
+            return Reply(404, b"404 page not found", "text/plain")
+        reply = Reply(body=self.endpoints.answer(request.path, request.query, now_ms))
+        if fault:
+            reply = spoil(self._strike(fault, request, now_ms), reply)
+        elif self.compress and "gzip" in request.headers.get("accept-encoding", ""):
+            reply.body = gzip.compress(reply.body, 1)
+            reply.headers["Content-Encoding"] = "gzip"
+        return reply
 
-    def do_GET(self) -> None:
-        sandbox = self.server.sandbox
-        url = urlsplit(self.path)
-        with sandbox.lock:
-            sandbox.requests[url.path] += 1
-        if url.path in sandbox.streams and self.headers.get("Upgrade"):
-            self.close_connection = True
-            sandbox.streams.serve(url.path, self._handshake(), self.connection)
-            return
-        admitted = sandbox.limit.admits(time.monotonic())
-        if sandbox.enforce_limit and not admitted:
-            self._reply(403, "text/plain", b"access too frequent")
-        elif url.path not in sandbox.endpoints:
-            self._reply(404, "text/plain", b"404 page not found")
-        else:
-            body = sandbox.endpoints.answer(url.path, dict(parse_qsl(url.query)), sandbox.clock.now_ms())
-            self._reply(200, "application/json", body)
+    def _strike(self, fault: Fault, request: Request, now_ms: int) -> Strike:
+        def again(changes: Mapping[str, str | None]) -> bytes:
+            query = {name: value for name, value in {**request.query, **changes}.items() if value is not None}
+            return self.endpoints.answer(request.path, query, now_ms)
 
-    def _handshake(self) -> bytes:
-        lines = [self.requestline, *(f"{name}: {value}" for name, value in self.headers.items())]
-        return "\r\n".join([*lines, "", ""]).encode()
+        return Strike(fault, request, now_ms, again, self)
 
-    def _reply(self, status: int, content_type: str, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+    # -- what faults do to the whole venue ----------------------------------------------------------------------
 
-    def log_message(self, format: str, *args: Any) -> None:
-        _log.debug(format, *args)
+    def ban(self, seconds: float) -> None:
+        """Ban every address now; each request while banned starts the time anew."""
+        self.limit.ban(time.monotonic(), seconds)
+
+    def go_away(self, seconds: float, stalling: bool = False) -> None:
+        """Cut all connections and take no new one for ``seconds``: refused, or (``stalling``) never answered."""
+        self._out.clear()
+        self._outage = (time.monotonic() + seconds, stalling)
+        self._out.wait(1.0)

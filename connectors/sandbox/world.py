@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recur.vocabulary import DAY_MS, INTERVALS, WEEK_MS, floor_open
+from recur.vocabulary import DAY_MS, INTERVALS, MINUTE_MS, WEEK_MS, floor_open
+
+DELIVERY_MS = 30 * MINUTE_MS
 
 Floats = NDArray[np.float64]
 Millis = NDArray[np.int64]
@@ -29,8 +32,58 @@ class Candles:
     def __len__(self) -> int:
         return len(self.open_time)
 
-    def __getitem__(self, rows: slice) -> Candles:
+    def __getitem__(self, rows: slice | NDArray[np.bool_]) -> Candles:
         return Candles(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+
+NO_CANDLES = Candles(np.empty(0, np.int64), *(np.empty(0),) * 6)
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """When a symbol trades: from ``listed_ms`` until ``delisted_ms`` (None: for as long as the world lasts)."""
+
+    listed_ms: int
+    delisted_ms: int | None = None
+
+    def status(self, now_ms: int) -> str:
+        """The venue's word for it at ``now_ms``; a delisted contract delivers for half an hour."""
+        if now_ms < self.listed_ms:
+            return "PreLaunch"
+        if self.delisted_ms is None or now_ms < self.delisted_ms:
+            return "Trading"
+        return "Delivering" if now_ms < self.delisted_ms + DELIVERY_MS else "Closed"
+
+
+@dataclass(frozen=True, slots=True)
+class Maintenance:
+    """A time ``[begin_ms, end_ms)`` in which nothing trades; the venue tells it two days ahead."""
+
+    begin_ms: int
+    end_ms: int
+    title: str = "Derivatives trading engine upgrade"
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """An item of the venue's own feed; ``edits`` are (from when, title, description), the url stays."""
+
+    slug: str
+    key: str
+    title: str
+    description: str
+    tags: tuple[str, ...]
+    published_ms: int
+    dated_ms: int
+    edits: tuple[tuple[int, str, str], ...] = ()
+
+    def text(self, now_ms: int) -> tuple[str, str]:
+        """(title, description) as they read at ``now_ms``."""
+        text = self.title, self.description
+        for at_ms, title, description in self.edits:
+            if at_ms <= now_ms:
+                text = title, description
+        return text
 
 
 class World(Protocol):
@@ -45,7 +98,10 @@ class World(Protocol):
         """Close time of the last bar."""
 
     def symbols(self, category: str) -> list[str]:
-        """Sorted names that trade in ``category``; empty if none do."""
+        """Sorted names that ever trade in ``category``; empty if none do."""
+
+    def life(self, category: str, symbol: str) -> Life:
+        """When the symbol trades."""
 
     def instrument(self, category: str, symbol: str) -> dict[str, Any]:
         """One row of the venue's instruments-info."""
@@ -58,6 +114,18 @@ class World(Protocol):
 
     def funding(self, category: str, symbol: str) -> tuple[Millis, Floats]:
         """Funding times (UTC ms, ascending) and rates (fraction per funding interval)."""
+
+    def open_interest(self, category: str, symbol: str, step_ms: int) -> tuple[Millis, Floats]:
+        """Instants on the grid of ``step_ms`` (UTC ms, ascending) and the open interest in base coins there."""
+
+    def account_ratio(self, category: str, symbol: str, step_ms: int) -> tuple[Millis, Floats]:
+        """Instants on the grid of ``step_ms`` (UTC ms, ascending) and the share of accounts that are long."""
+
+    def maintenance(self) -> Sequence[Maintenance]:
+        """Times without trading, oldest first."""
+
+    def announcements(self) -> Sequence[Announcement]:
+        """The venue's own feed, oldest first."""
 
 
 def nests(fine: str, coarse: str) -> bool:
