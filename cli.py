@@ -24,7 +24,16 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from recur.pipeline.config import Config, Provenance, is_pattern, load_config, starter_toml
-from recur.vocabulary import DataMissing, RecurError, UsageError, did_you_mean, iso, parse_time, to_ms
+from recur.vocabulary import (
+    CheckFailed,
+    DataMissing,
+    RecurError,
+    UsageError,
+    did_you_mean,
+    iso,
+    parse_time,
+    to_ms,
+)
 
 if TYPE_CHECKING:
     from recur.connectors.bybit import BybitConnector
@@ -360,6 +369,7 @@ Symbols = Annotated[
 Interval = Annotated[str | None, typer.Option("-i", "--interval", help="Bar length: 1m … 1h … 1d 1w 1M.")]
 Category = Annotated[str | None, typer.Option(help="linear, inverse or spot.")]
 BaseUrl = Annotated[str | None, typer.Option(help="Other address of the venue.")]
+AllowGaps = Annotated[bool, typer.Option("--allow-gaps", help="Use ranges with holes that nothing explains.")]
 Since = Annotated[str | None, typer.Option(metavar="TIME", help="From this UTC time on, ISO-8601.")]
 Until = Annotated[str | None, typer.Option(metavar="TIME", help="Before this UTC time, ISO-8601.")]
 Model = Annotated[str | None, typer.Option(help="Name of the model.")]
@@ -455,18 +465,8 @@ def fetch(
     results = []
     for name in sources:
         if name in ("bybit", "sandbox"):
-            from recur.pipeline.plan import FetchRequest
-
-            request = FetchRequest(
-                symbols=tuple(words) if any(map(is_pattern, words)) else config.market.symbols,
-                category=config.market.category, interval=config.market.interval, kinds=config.fetch.kinds,
-                since_ms=span[0], until_ms=span[1], days=days, first_days=config.fetch.days,
-                lag_ms=int(1000 * config.fetch.lag_s), dry_run=dry_run, source=name,
-            )  # fmt: skip
-            if follow:
-                done = _follow_venue(state, config, request, wait_ban, for_)
-            else:
-                done = _fetch_venue(state, config, request, wait_ban)
+            asked = _asked_of_venue(state, config, name, words, span, days, dry_run, wait_ban)
+            done = _follow_venue(state, *asked, for_) if follow else _fetch_venue(state, *asked)
         elif dry_run:
             done = {"file": name, "windows": 0, "requests": 0}
         else:
@@ -487,24 +487,42 @@ def fetch(
     state.result(results[0] if len(results) == 1 else {"sources": results}, people)
 
 
-def _venue_connector(config: Config, source: str, wait_ban: bool) -> BybitConnector:
+def _asked_of_venue(
+    state: State,
+    config: Config,
+    source: str,
+    words: Sequence[str],
+    span: tuple[int | None, int | None],
+    days: int | None,
+    dry_run: bool,
+    wait_ban: bool,
+) -> tuple[Store, BybitConnector, FetchRequest]:
+    """Where to, whom to ask and what for; ``words`` are the symbols as they were typed."""
     from recur.connectors.bybit import BybitConnector
+    from recur.pipeline.plan import FetchRequest
 
     sandbox = f"http://127.0.0.1:{SANDBOX_PORT}" if source == "sandbox" else None
-    return BybitConnector(
+    connector = BybitConnector(
         config.fetch.base_url or sandbox,
         workers=config.fetch.workers,
         rate=config.fetch.rate,
         wait_ban=wait_ban,
     )
+    request = FetchRequest(
+        symbols=tuple(words) if any(map(is_pattern, words)) else config.market.symbols,
+        category=config.market.category, interval=config.market.interval, kinds=config.fetch.kinds,
+        since_ms=span[0], until_ms=span[1], days=days, first_days=config.fetch.days,
+        lag_ms=int(1000 * config.fetch.lag_s), dry_run=dry_run, source=source,
+    )  # fmt: skip
+    return state.store(config), connector, request
 
 
-def _fetch_venue(state: State, config: Config, request: FetchRequest, wait_ban: bool) -> dict[str, Any]:
+def _fetch_venue(
+    state: State, store: Store, connector: BybitConnector, request: FetchRequest
+) -> dict[str, Any]:
     from recur.pipeline.fetch import run_fetch
     from recur.pipeline.plan import plan_fetch
 
-    connector = _venue_connector(config, request.source, wait_ban)
-    store = state.store(config)
     plan = plan_fetch(store, connector, request)
     if request.dry_run:
         return dict(plan.as_dict())
@@ -513,7 +531,7 @@ def _fetch_venue(state: State, config: Config, request: FetchRequest, wait_ban: 
 
 
 def _follow_venue(
-    state: State, config: Config, request: FetchRequest, wait_ban: bool, duration: str | None
+    state: State, store: Store, connector: BybitConnector, request: FetchRequest, duration: str | None
 ) -> dict[str, Any]:
     """Follow until the time is up, Ctrl-C or a polite kill: all three are a normal end."""
     import threading
@@ -521,9 +539,8 @@ def _follow_venue(
     from recur.pipeline.follow import Follower, seconds_of
 
     for_s = None if duration is None else seconds_of(duration)
-    connector = _venue_connector(config, request.source, wait_ban)
     say = (lambda line: None) if state.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
-    follower = Follower(state.store(config), connector, request, for_s=for_s, say=say)
+    follower = Follower(store, connector, request, for_s=for_s, say=say)
     with _until_signalled() as wait:
 
         def end() -> None:
@@ -536,32 +553,48 @@ def _follow_venue(
 
 @app.command()
 def status(ctx: typer.Context) -> None:
-    """Show what is stored: series, ranges, gaps, freshness, runs, last forecasts."""
+    """Show what is stored, as a certificate: ranges, gaps with reasons, freshness, content hashes; and the runs."""
+    from recur.pipeline.certificate import certify
     from recur.storage.runs import list_runs
 
     state: State = ctx.obj
     store = state.store(state.config())
-    series: list[dict[str, Any]] = []
+    held: dict[str, Any] = {"series": [], "measures": [], "sha256": None, "rules": {}}
     forecasts: list[dict[str, Any]] = []
     if store.path.exists():
-        series, forecasts = store.series_summary().to_dicts(), store.forecasts(5).to_dicts()
-    for row in series:
-        row["age_hours"] = round((_now_ms() - to_ms(row["last"])) / 3_600_000, 2)
+        held, forecasts = certify(store, _now_ms()), store.forecasts(5).to_dicts()
     runs = [{"run_id": item.run_id, "status": item.status()} for item in list_runs(state.home)]
-    document = {"home": str(state.home.resolve()), "series": series, "runs": runs, "forecasts": forecasts}
+    document = {"home": str(state.home.resolve()), **held, "runs": runs, "forecasts": forecasts}
 
     def people() -> None:
-        if not series:
+        if not held["sha256"]:
             print(f"Nothing is stored in {state.home} yet: recur fetch brings data.")
         else:
-            columns = ["series", "rows", "first", "last", "gaps", "missing", "age_hours"]
-            _table(f"Series in {store.path}", columns, ([row[key] for key in columns] for row in series))
+            _say_certificate(f"Series in {store.path}", held)
         if runs:
             _table("Runs", ["run_id", "status"], (list(item.values()) for item in runs))
         if forecasts:
             _say_forecasts("Last forecasts", forecasts)
 
     state.result(document, people)
+
+
+def _say_certificate(title: str, held: Mapping[str, Any]) -> None:
+    columns = ["series", "rows", "first", "last", "gaps", "missing", "unexplained", "zero_volume", "outliers"]
+    columns += ["revisions", "age_hours", "sha256"]
+    every = [*held["series"], *held["measures"]]
+    _table(title, columns, ([row[key] for key in columns[:-1]] + [row["sha256"][:12]] for row in every))
+    reasons: dict[tuple[str, str], list[int]] = {}
+    for row in every:
+        for hole in row["holes"]:
+            reasons.setdefault((row["series"], hole["reason"]), []).append(hole["bars"])
+    if reasons:
+        _table(
+            "What is absent, and why (--json lists each)",
+            ["series", "reason", "ranges", "bars", "longest"],
+            ([*key, len(bars), sum(bars), max(bars)] for key, bars in reasons.items()),
+        )
+    print(f"Content of the store: sha256 {held['sha256']}")
 
 
 @app.command()
@@ -578,6 +611,7 @@ def train(
     since: Since = None,
     until: Until = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this unfinished run.")] = None,
+    allow_gaps: AllowGaps = False,
 ) -> None:
     """Train one model on what is stored."""
     if what != "price":
@@ -589,7 +623,7 @@ def train(
     )  # fmt: skip
     from recur.pipeline.train import train_price
 
-    metrics = train_price(state.home, config, resume=resume, progress=state.progress)
+    metrics = train_price(state.home, config, resume=resume, progress=state.progress, allow_gaps=allow_gaps)
     state.result(metrics, lambda: _say_metrics(metrics))
 
 
@@ -610,6 +644,7 @@ def backtest(
     symbols: Symbols = None,
     interval: Interval = None,
     require_edge: RequireEdge = False,
+    allow_gaps: AllowGaps = False,
 ) -> None:
     """Walk forward out of sample, trade with costs, compare with the baselines."""
     state: State = ctx.obj
@@ -621,7 +656,7 @@ def backtest(
     from recur.pipeline.backtest import run_backtest
     from recur.pipeline.verdict import verdict_text
 
-    metrics = run_backtest(state.home, config, run=run, progress=state.progress)
+    metrics = run_backtest(state.home, config, run=run, progress=state.progress, allow_gaps=allow_gaps)
 
     def people() -> None:
         _say_metrics(metrics)
@@ -939,10 +974,29 @@ def doctor(
     ctx: typer.Context,
     offline: Annotated[bool, typer.Option("--offline", help="Do not ask the venue.")] = False,
     base_url: BaseUrl = None,
+    archive: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Compare stored bars with these trade files of the venue instead."),
+    ] = None,
+    more: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="More files for --archive.")
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Clear up after crashes, and check every row.")
+    ] = False,
 ) -> None:
-    """Check the installation: versions, GPU, disk, store, venue and clock. Exit 1 when a check fails."""
+    """Check the installation: versions, GPU, disk, store, venue and clock. Exit 1 when a check fails.
+
+    --archive rebuilds bars from trades and exits 4 when a stored bar differs; --repair never removes a stored row.
+    """
     state: State = ctx.obj
     config = state.config(fetch__base_url=base_url)
+    if more and not archive:
+        raise UsageError(f"doctor takes no argument '{more[0]}'.", "Give trade files as --archive FILE...")
+    if archive:
+        return _doctor_archive(state, config, [*archive, *(more or [])])
+    if repair:
+        return _doctor_repair(state, config)
     checks = [("recur", True, f"{_version('recur')}, Python {sys.version.split()[0]}")]
     for package in (
         "torch",
@@ -972,6 +1026,35 @@ def doctor(
         ),
     )
     if not ok:
+        raise typer.Exit(1)
+
+
+def _doctor_archive(state: State, config: Config, files: Sequence[Path]) -> None:
+    from recur.pipeline.archive import check_archives
+
+    found = check_archives(state.store(config), files)
+
+    def people() -> None:
+        columns = ["series", "bars", "equal", "differing", "absent"]
+        for file in found["files"]:
+            title = f"{file['file']}: {file['trades']:,} trades, {file['since']} to {file['until']}"
+            _table(title, columns, ([row[key] for key in columns] for row in file["series"]))
+        shown = found["differences"][:20]
+        if shown:
+            title = f"The first {len(shown)} of {len(found['differences'])} differences (--json lists all)"
+            _table(title, list(shown[0]), (list(row.values()) for row in shown))
+
+    state.result(found, people)
+    if not found["ok"]:
+        raise typer.Exit(CheckFailed.exit_code)
+
+
+def _doctor_repair(state: State, config: Config) -> None:
+    from recur.pipeline.repair import repair
+
+    found = repair(state.home, state.store(config), _now_ms())
+    state.result(found, lambda: _table("Repair", ["", ""], ([k, to_json(v)] for k, v in found.items())))
+    if not found["ok"]:
         raise typer.Exit(1)
 
 

@@ -31,8 +31,7 @@ def serve(symbols: int, interval: str, n: int) -> None:
     from recur.connectors.sandbox.server import SandboxServer, VirtualClock
 
     world = ReplayMarket(pl.concat([bars(f"C{k:02d}USDT", n, interval, seed=k) for k in range(symbols)]))
-    server = SandboxServer(world, VirtualClock(world.end_ms), enforce_limit=True)
-    server.endpoints = _Late(server.endpoints)  # type: ignore[assignment]
+    server = SandboxServer(world, VirtualClock(world.end_ms), enforce_limit=True, latency_s=LATENCY_S)
     with server:
         used = time.process_time()
         print(json.dumps({"url": server.base_url, "since": world.start_ms}), flush=True)
@@ -40,22 +39,6 @@ def serve(symbols: int, interval: str, n: int) -> None:
         seen: dict[str, float] = {"requests": sum(server.requests.values()), "refused": server.limit.refused}
         seen["cpu_s"] = time.process_time() - used
         print(json.dumps(seen | {"most_in_5_s": server.limit.most_in_window}), flush=True)
-
-
-class _Late:
-    """Endpoints that answer ``LATENCY_S`` later."""
-
-    def __init__(self, endpoints: Any) -> None:
-        self._endpoints = endpoints
-
-    def __contains__(self, path: str) -> bool:
-        return path in self._endpoints
-
-    def answer(self, path: str, query: Any, now_ms: int) -> Any:
-        due = time.monotonic() + LATENCY_S
-        body = self._endpoints.answer(path, query, now_ms)
-        time.sleep(max(0.0, due - time.monotonic()))
-        return body
 
 
 def fetch(url: str, since_ms: int, symbols: int, interval: str, home: str) -> None:

@@ -34,8 +34,9 @@ def pages(frame: pl.DataFrame) -> list[WindowRows]:
 def stream(home: Path, windows: list[WindowRows]) -> None:
     """Pages as a fetch delivers them: buffered, each batch one transaction together with its windows."""
     store = Store(home)
-    for at in range(0, len(windows), BATCH):
-        store.put_windows(windows[at : at + BATCH], source="venue", now_ms=START_MS)
+    with store.session():
+        for at in range(0, len(windows), BATCH):
+            store.put_windows(windows[at : at + BATCH], source="venue", now_ms=START_MS)
 
 
 def upsert(path: Path, windows: list[WindowRows]) -> None:

@@ -29,7 +29,14 @@ from recur.pipeline.config import Config, dump_toml
 from recur.pipeline.dataset import RawSeries, Split, arrays, make_split
 from recur.pipeline.fit import choose_device
 from recur.pipeline.inference import Forecast, forecast
-from recur.pipeline.load import data_end_ms, open_store, pool_series, snapshot, stored_series
+from recur.pipeline.load import (
+    data_end_ms,
+    open_store,
+    pool_series,
+    refuse_unexplained,
+    snapshot,
+    stored_series,
+)
 from recur.pipeline.report import write_report
 from recur.pipeline.rows import forecast_rows
 from recur.pipeline.train import fit_fold, gap_ms
@@ -70,17 +77,21 @@ class Rows:
             self.base_vol[name].append(b.vol[at, i])
 
 
-def run_backtest(home: Path, config: Config, *, run: str | None, progress: bool) -> dict[str, Any]:
+def run_backtest(
+    home: Path, config: Config, *, run: str | None, progress: bool, allow_gaps: bool = False
+) -> dict[str, Any]:
     """Backtest the configured model, write a run folder, and return its metrics (contract of ``metrics.json``).
 
     ``run``: judge this trained run instead of training; the test span must then lie after all that it saw.
-    Raises DataMissing when the store lacks data, UsageError when the spans do not fit.
+    Raises DataMissing when the store lacks data or, unless ``allow_gaps``, has unexplained holes, UsageError when the spans do not fit.
     """
     started = time.monotonic()
     choose_device(config.train.device)
     store = open_store(home, config)
     since = parse_time(config.train.since) if config.train.since else None
     own = stored_series(store, config, since)
+    if not allow_gaps:
+        refuse_unexplained(store, config, since)
     splits = _splits(config, own)
     trained = _trained_before(home, config, run, splits) if run else None
     series = own + ([] if trained else pool_series(config.train.pool, config))

@@ -10,10 +10,11 @@ from typing import Any
 import polars as pl
 
 from recur.connectors.files import read_candles
+from recur.pipeline.certificate import UNEXPLAINED, holes
 from recur.pipeline.config import Config
 from recur.pipeline.dataset import RawSeries, raw_series
 from recur.storage.store import Store
-from recur.vocabulary import DataMissing, UsageError, did_you_mean, iso
+from recur.vocabulary import DataMissing, Series, UsageError, did_you_mean, floor_open, iso
 
 
 def open_store(home: Path, config: Config) -> Store:
@@ -21,14 +22,24 @@ def open_store(home: Path, config: Config) -> Store:
 
 
 def stored_series(
-    store: Store, config: Config, since_ms: int | None = None, until_ms: int | None = None
+    store: Store,
+    config: Config,
+    since_ms: int | None = None,
+    until_ms: int | None = None,
+    as_of_ms: int | None = None,
 ) -> list[RawSeries]:
     """The configured series on their grids, with funding and, where configured, finer bars joined in.
 
     Bars that open in ``[since, until)``. Raises DataMissing naming every symbol that has none.
+
+    ``as_of_ms``: what the store knew then, later revisions undone. A store that was not following the market then (it
+    had seen none of the last two bars) answers with the first values of what it learned later.
     """
     market = config.market
-    candles = store.candles(market.category, market.symbols, market.interval, "trade", since_ms, until_ms)
+    first_values = as_of_ms is not None and not _followed(store, config, as_of_ms)
+    candles = store.candles(
+        market.category, market.symbols, market.interval, "trade", since_ms, until_ms, as_of_ms, first_values
+    )
     have = set(candles["symbol"].unique())
     absent = [s for s in market.symbols if s not in have]
     if absent:
@@ -39,12 +50,13 @@ def stored_series(
             f" in the range asked.{near}",
             f"Run 'recur fetch -s {','.join(absent)} -i {market.interval}' first; 'recur status' lists what is stored.",
         )
-    funding = store.funding(market.category, market.symbols, None, until_ms)
+    funding = store.funding(market.category, market.symbols, None, until_ms, as_of_ms, first_values)
     fine = None
     if config.features.fine:
         fine = store.candles(
-            market.category, market.symbols, config.features.fine, "trade", since_ms, until_ms
-        )
+            market.category, market.symbols, config.features.fine, "trade", since_ms, until_ms, as_of_ms,
+            first_values,
+        )  # fmt: skip
         without = sorted(set(market.symbols) - set(fine["symbol"].unique()))
         if without:
             raise DataMissing(
@@ -52,6 +64,48 @@ def stored_series(
                 f"Run 'recur fetch -i {config.features.fine}', or set features.fine to an empty string.",
             )
     return raw_series(candles, "store", funding, fine)
+
+
+def _followed(store: Store, config: Config, as_of_ms: int) -> bool:
+    """Whether the store held, at ``as_of_ms``, one of the last two closed bars of a configured symbol."""
+    market = config.market
+    end = floor_open(as_of_ms, market.interval)
+    since = floor_open(floor_open(end - 1, market.interval) - 1, market.interval)
+    known = store.candles(market.category, market.symbols, market.interval, "trade", since, end, as_of_ms)
+    return known.height > 0
+
+
+def refuse_unexplained(
+    store: Store, config: Config, since_ms: int | None = None, until_ms: int | None = None
+) -> None:
+    """Raise DataMissing when a configured series has holes that no request explains inside ``[since, until)``.
+
+    A hole is explained when the venue or the file was asked for it and lacked it; a range between two fetches that
+    nobody asked for is not. Series without any bars are left to ``stored_series``.
+    """
+    market = config.market
+    found = []
+    for symbol in market.symbols:
+        for interval in filter(None, (market.interval, config.features.fine)):
+            series = Series(market.category, symbol, interval)
+            frame = store.candles(market.category, [symbol], interval, "trade", since_ms, until_ms)
+            times = frame.get_column("open_time").dt.timestamp("ms").to_numpy()
+            absent = [
+                hole
+                for hole in holes(times, interval, store.asked(series))
+                if hole.reason == UNEXPLAINED and times[0] < hole.since_ms < times[-1]
+            ]
+            if absent:
+                found.append((series, absent))
+    if found:
+        series, absent = found[0]
+        more = f" {len(found) - 1} more series have such holes." if len(found) > 1 else ""
+        raise DataMissing(
+            f"{series} lacks {sum(hole.bars for hole in absent)} bars in {len(absent)} holes that nothing explains, the"
+            f" first {iso(absent[0].since_ms)} to {iso(absent[0].until_ms)}.{more}",
+            f"Run 'recur fetch -s {series.symbol} -i {series.interval} --since {iso(absent[0].since_ms)}' to ask for them,"
+            " or give --allow-gaps.",
+        )
 
 
 def pool_series(paths: Sequence[str], config: Config) -> list[RawSeries]:

@@ -83,16 +83,17 @@ class FetchRequest:
 
 @dataclass(frozen=True, slots=True)
 class FundingRange:
-    """Funding of one symbol in ``[since_ms, until_ms)``, asked as one task."""
+    """Funding of one symbol in ``[since_ms, until_ms)``, asked as one task; none is known before ``first_ms``."""
 
     series: Series
     since_ms: int
     until_ms: int
+    first_ms: int
 
     @property
     def n_requests(self) -> int:
         """Pages at one event per eight hours, and the empty one, asked twice, that ends the paging."""
-        return math.ceil((self.until_ms - self.since_ms) / (8 * HOUR_MS) / FUNDING_PAGE_ROWS) + 2
+        return math.ceil((self.until_ms - self.first_ms) / (8 * HOUR_MS) / FUNDING_PAGE_ROWS) + 2
 
 
 @dataclass(slots=True)
@@ -317,5 +318,6 @@ def _plan_funding(plan: FetchPlan, ask: _Ask) -> None:
     listed_ms = plan.lives[ask.series.symbol].listed_ms or ask.since_ms
     for start, end in missing_ranges(ask.since_ms, ask.until_ms, ask.done):
         # Before the listing there is nothing to page through, so all of that goes with the first task.
-        cuts = range(max(start, min(listed_ms, end)) + FUNDING_TASK_MS, end, FUNDING_TASK_MS)
-        plan.funding.extend(FundingRange(ask.series, a, b) for a, b in pairwise([start, *cuts, end]))
+        first_ms = max(start, min(listed_ms, end))
+        edges = [start, *range(first_ms + FUNDING_TASK_MS, end, FUNDING_TASK_MS), end]
+        plan.funding.extend(FundingRange(ask.series, a, b, max(a, first_ms)) for a, b in pairwise(edges))

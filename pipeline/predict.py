@@ -23,7 +23,7 @@ from recur.vocabulary import INTERVALS, DataMissing, UsageError, from_ms, iso, n
 def predict(home: Path, config: Config, *, run: str | None, as_of_ms: int | None) -> dict[str, Any]:
     """``{"forecasts": [rows], "appended": n}``: one row per configured series and horizon.
 
-    Only bars closed at ``as_of_ms`` (now) are used. A series whose cutoff is in the ledger already is forecast
+    Only bars closed at ``as_of_ms`` (now) are used, as the store knew them then (see ``stored_series``). A series whose cutoff is in the ledger already is forecast
     again for the reader, but appended nothing. Raises DataMissing without a trained run or without bars.
     """
     now_ms = int(time.time() * 1000)
@@ -49,7 +49,7 @@ def predict(home: Path, config: Config, *, run: str | None, as_of_ms: int | None
     wanted = replace(config, market=replace(config.market, symbols=(*symbols, *lead)))
     needed = (made.transform.lookback + config.train.window + 8) * (INTERVALS[interval] or 31 * 86_400_000)
     since = _last_close(store, config, as_of) - needed
-    series = stored_series(store, wanted, since, as_of)
+    series = stored_series(store, wanted, since, as_of, as_of_ms)
     series = [replace(s, frame=s.frame.filter(pl.col("close_time") <= from_ms(as_of))) for s in series]
     out: list[Forecast] = []
     for data in arrays([s for s in series if s.frame.height], made.transform):

@@ -16,7 +16,14 @@ from recur.pipeline.config import Config, dump_toml, load_config
 from recur.pipeline.dataset import RawSeries, SeriesArrays, Split, arrays, fit_transform, make_split
 from recur.pipeline.features import FeatureTransform
 from recur.pipeline.fit import choose_device, fit
-from recur.pipeline.load import data_end_ms, open_store, pool_series, snapshot, stored_series
+from recur.pipeline.load import (
+    data_end_ms,
+    open_store,
+    pool_series,
+    refuse_unexplained,
+    snapshot,
+    stored_series,
+)
 from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id
 from recur.vocabulary import INTERVALS, UsageError, did_you_mean, iso, next_open, parse_time
 
@@ -64,11 +71,13 @@ def fit_fold(
     return made, data, summary
 
 
-def train_price(home: Path, config: Config, *, resume: str | None, progress: bool) -> dict[str, Any]:
+def train_price(
+    home: Path, config: Config, *, resume: str | None, progress: bool, allow_gaps: bool = False
+) -> dict[str, Any]:
     """Train one price forecaster and return its metrics (``run_id``, ``val_pinball`` per epoch, …).
 
     The last ``train.val_days`` before ``train.until`` (the end of the data) validate. Raises DataMissing when the
-    store lacks the series, UsageError when ``resume`` names a run that does not fit the configuration.
+    store lacks the series or, unless ``allow_gaps``, has unexplained holes in them, UsageError when ``resume`` names a run that does not fit the configuration.
     """
     started = time.monotonic()
     choose_device(config.train.device)
@@ -80,6 +89,8 @@ def train_price(home: Path, config: Config, *, resume: str | None, progress: boo
     since = parse_time(config.train.since) if config.train.since else None
     until = parse_time(config.train.until) if config.train.until else None
     own = stored_series(store, config, since, until)
+    if not allow_gaps:
+        refuse_unexplained(store, config, since, until)
     series = own + pool_series(config.train.pool, config)
     end = until or data_end_ms(own)
     # Cutoffs are closes, and the last bar's close is the end itself: one bar more keeps it inside the span.

@@ -25,6 +25,9 @@ from recur.vocabulary import StoreBusy
 
 CHECKPOINT_AT = "64MB"
 """Size of the write-ahead log at which a session writes it into the file; a single write does so at its end."""
+ROW_GROUP = 16_384
+"""Rows per stored group. A batch of some ten thousand rows fills whole groups, which go into the file at once instead of
+first into the log, and a page of a thousand rewrites at most one small group. The file grows by a fifth."""
 _LOOK_S = 0.02  # how often an idle session looks whether another process waits
 _YIELD_S = 1.0  # how long a session lets those who wait go first
 
@@ -68,6 +71,8 @@ class AttachedFile:
         self._read_only = False
         self._name = ""
         self._yielded = False
+        self.checked = False
+        """Whether the schema of what is attached now is known to be current."""
 
     @contextmanager
     def hold(self, wait_s: float) -> Iterator[None]:
@@ -90,6 +95,10 @@ class AttachedFile:
     def attached(self) -> bool:
         return self._control is not None
 
+    @property
+    def read_only(self) -> bool:
+        return self._read_only
+
     def attach(self, read_only: bool) -> None:
         """Attach the file, or raise what DuckDB raises (the file may be held by another process)."""
         global _names
@@ -98,12 +107,13 @@ class AttachedFile:
             _names += 1
             name = f"store_{_names}"
         try:
-            mode = "READ_ONLY, TYPE duckdb" if read_only else "TYPE duckdb"
+            mode = "TYPE duckdb, READ_ONLY" if read_only else f"TYPE duckdb, ROW_GROUP_SIZE {ROW_GROUP}"
             control.execute(f"ATTACH '{str(self.path).replace(chr(39), chr(39) * 2)}' AS {name} ({mode})")
         except BaseException:
             control.close()
             raise
         self._control, self._read_only, self._name = control, read_only, name
+        self.checked = False
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
         """A connection whose default database is the attached file. Close it before the turn ends."""
@@ -136,14 +146,13 @@ class AttachedFile:
 
     def finish(self) -> None:
         """End of a turn: keep the file when a session is open and nobody waits for it."""
-        if not self.sessions:
+        waited_for = someone_waits(self.path)
+        if waited_for or not self.sessions:
             self.detach()
-        elif self.attached and someone_waits(self.path):
-            self.detach()
-            self._yielded = True
+            self._yielded = waited_for
 
     def give_way(self) -> None:
-        """Before taking the file again after handing it over: let those who waited go first, for a second at most."""
+        """Before taking the file again after others waited for it: let them go first, for a second at most."""
         if not self._yielded:
             return
         self._yielded = False
@@ -163,13 +172,13 @@ class AttachedFile:
                     self._turn.release()
 
 
-_files: dict[Path, AttachedFile] = {}
+_files: dict[tuple[int, Path], AttachedFile] = {}
 
 
 def file_at(path: Path) -> AttachedFile:
-    """The one object for a path in this process."""
+    """The one object for a path in this process (a forked child has its own)."""
     with _guard:
-        return _files.setdefault(path.resolve(), AttachedFile(path))
+        return _files.setdefault((os.getpid(), path.resolve()), AttachedFile(path))
 
 
 @contextmanager

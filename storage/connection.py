@@ -24,14 +24,16 @@ _SETTLE_S = 0.5  # a file that another process is just creating looks broken for
 _PAUSE_S = 0.005
 _FATAL = (duckdb.FatalException, duckdb.InternalException)
 _BROKEN = (*_FATAL, duckdb.IOException, duckdb.SerializationException)
+_FULL = re.compile(r"No space left[^\n]*|File too large|[Qq]uota exceeded")
 
 
 def _translated(error: duckdb.Error, path: Path) -> RecurError:
     """What a DuckDB failure of the file itself means to the user."""
     said = (str(error).strip().splitlines() or [""])[0]
-    if "No space left" in said or "File too large" in said or "quota exceeded" in said:
+    if full := _FULL.search(str(error)):
         return RecurError(
-            f"The disk is full: {said}", f"Free some space near {path}; committed data is safe."
+            f"The disk is full: {path} cannot grow ({full.group()}).",
+            "Free some space there and run the command again; what was committed is safe.",
         )
     if "ermission denied" in said or "Read-only file system" in said:
         return UsageError(
@@ -81,6 +83,12 @@ def _turn(path: Path, wait_s: float) -> Iterator[AttachedFile]:
             if isinstance(error, _FATAL):
                 file.abandon()
             raise _translated(error, path) from error
+        except duckdb.TransactionException as error:
+            if _FULL.search(
+                str(error)
+            ):  # the log could not be written: nothing of this transaction is stored
+                raise _translated(error, path) from error
+            raise
 
 
 @contextmanager
@@ -97,12 +105,16 @@ def write_connection(path: Path, wait_s: float) -> Iterator[duckdb.DuckDBPyConne
             f"Cannot make the workspace folder {path.parent}: {error.strerror}.", "Give another --home."
         ) from error
     with _turn(path, wait_s) as file:
+        if file.attached and file.read_only:  # another thread read during an open session
+            file.detach()
         if not file.attached:
             _attach(file, read_only=False, wait_s=wait_s)
         try:
             con = file.cursor()
             try:
-                upgrade(con)
+                if not file.checked:
+                    upgrade(con)
+                    file.checked = True
                 con.execute("BEGIN")
                 yield con
                 con.execute("COMMIT")
@@ -125,7 +137,9 @@ def read_connection(path: Path, wait_s: float) -> Iterator[duckdb.DuckDBPyConnec
             _attach(file, read_only=True, wait_s=wait_s)
         try:
             con = file.cursor()
-            if stored_version(con) < VERSION:  # made by an older program, or its making was cut short
+            if (
+                not file.checked and stored_version(con) < VERSION
+            ):  # made by an older program, or its making was cut short
                 con.close()
                 file.detach()
                 _attach(file, read_only=False, wait_s=wait_s)

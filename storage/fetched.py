@@ -43,7 +43,10 @@ def checked_rows(batches: Sequence[WindowRows]) -> tuple[Rows, list[int]]:
     some = [batch for batch in batches if batch.frame.height]
     if not some:
         return Rows.none(CANDLES), [0] * len(batches)
-    frame = pl.concat([batch.frame.select(CANDLE_SCHEMA.names()) for batch in some], how="vertical_relaxed")
+    order = CANDLE_SCHEMA.names()
+    frame = pl.concat(
+        [b.frame if b.frame.columns == order else b.frame.select(order) for b in some], how="vertical_relaxed"
+    )
     names = [(b.series.category, b.series.symbol, b.series.interval, b.series.kind) for b in some]
     heights = [batch.frame.height for batch in some]
     since, until = (np.repeat([getattr(b, side) for b in some], heights) for side in ("since_ms", "until_ms"))
@@ -142,17 +145,22 @@ def asked_ranges(rows: Rows, windows: Sequence[tuple[Series, int, int] | Asked])
 
 def record(con: duckdb.DuckDBPyConnection, asked: Sequence[Asked], source: str, now_ms: int) -> None:
     """Write down which ranges were asked and what came of it."""
+    if not asked:
+        return
+    columns = list(zip(*asked, strict=True))
+    numbers = ("since", "until", "expected", "rows")
     windows = pl.DataFrame(
         [
-            (s.category, s.symbol, s.interval, s.kind, since, until, expected, rows, status, reason)
-            for s, since, until, expected, rows, status, reason in asked
-        ],
-        schema={
-            **dict.fromkeys(("category", "symbol", "interval", "kind"), pl.String),
-            **dict.fromkeys(("since", "until", "expected", "rows"), pl.Int64),
-            **dict.fromkeys(("status", "reason"), pl.String),
-        },
-        orient="row",
+            *(
+                pl.Series(name, [getattr(series, name) for series in columns[0]], dtype=pl.String)
+                for name in ("category", "symbol", "interval", "kind")
+            ),
+            *(pl.Series(n, c, dtype=pl.Int64) for n, c in zip(numbers, columns[1:5], strict=True)),
+            *(
+                pl.Series(n, c, dtype=pl.String)
+                for n, c in zip(("status", "reason"), columns[5:], strict=True)
+            ),
+        ]
     )
     con.register("asked", windows)
     con.execute(

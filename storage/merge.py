@@ -72,10 +72,10 @@ def constant(frame: pl.DataFrame, names: tuple[str, ...]) -> tuple[str, ...] | N
     return tuple(wanted) if all(same.row(0)) else None
 
 
-def rows_of(frame: pl.DataFrame, table: Table, names: tuple[str, ...] | None = None) -> Rows:
-    """``frame`` in the shape that is merged: sorted, of equal keys the last one. ``names``: its one series, if known."""
+def rows_of(frame: pl.DataFrame, table: Table) -> Rows:
+    """``frame`` in the shape that is merged: sorted, of equal keys the last one."""
     time = frame.get_column(table.time).dt.timestamp("ms").to_numpy()
-    names = names or constant(frame, table.series)
+    names = constant(frame, table.series)
     if names is not None:
         series, at = [names], time.astype(np.int64, copy=False)
     else:

@@ -29,7 +29,7 @@ def read_rows(
     """
     if as_of_ms is None and symbols is not None and None not in wanted.values():
         parts = [
-            _one_series(con, table, wanted | {"symbol": symbol}, since_ms, until_ms)
+            one_series(con, table, wanted | {"symbol": symbol}, since_ms, until_ms)
             for symbol in sorted(set(symbols))
         ]
         return pl.concat([schema.to_frame(), *(part.select(schema.names()) for part in parts)])
@@ -68,7 +68,7 @@ def _between(time: str, since_ms: int | None, until_ms: int | None) -> tuple[lis
     return where, params
 
 
-def _one_series(
+def one_series(
     con: duckdb.DuckDBPyConnection,
     table: Table,
     names: dict[str, str | None],

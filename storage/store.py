@@ -17,7 +17,7 @@ from pathlib import Path
 import duckdb
 import polars as pl
 
-from recur.storage import instruments, ledger, news
+from recur.storage import instruments, inventory, ledger, news
 from recur.storage.connection import read_connection, session, write_connection
 from recur.storage.fetched import (
     SUMMARY,
@@ -273,6 +273,23 @@ class Store:
                 list(names_of(series)),
             ).fetchall()
         return None if newest is None else int(newest)
+
+    def inventory(self) -> list[inventory.StoredSeries]:
+        """Every stored series with its rows and revisions."""
+        with self.read() as con:
+            return inventory.inventory(con)
+
+    def rows(self, series: Series) -> pl.DataFrame:
+        """Times and values of one series of any kind, in order of time."""
+        with self.read() as con:
+            return inventory.rows(con, series)
+
+    def asked(self, series: Series) -> list[tuple[int, int, str, str]]:
+        """Every range that was asked, in the order of asking: (since_ms, until_ms, "done" or "gap", reason)."""
+        if not self.path.exists():
+            return []
+        with self.read() as con:
+            return inventory.asked(con, series)
 
     def series_summary(self) -> pl.DataFrame:
         """One row per stored candle series: ``series`` (its id), category, symbol, interval, kind, ``rows``,

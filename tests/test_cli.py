@@ -158,7 +158,9 @@ def test_init_writes_once_and_the_file_is_then_used(here: Path, capsys: pytest.C
 def test_status_of_an_empty_home_is_not_an_error(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["status", "--json", "--home", "h"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found == {"home": str(here / "h"), "series": [], "runs": [], "forecasts": []}
+    assert found == {
+        "home": str(here / "h"), "series": [], "measures": [], "sha256": None, "rules": {}, "runs": [], "forecasts": [],
+    }  # fmt: skip
 
 
 def test_require_edge_exits_5_when_the_verdict_finds_none(

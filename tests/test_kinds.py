@@ -258,8 +258,10 @@ def test_the_plan_counts_the_requests_of_every_kind(exchange: Running, tmp_path:
     connector = BybitConnector(url, rate=100.0)
     plan = plan_fetch(Store(tmp_path), connector, FetchRequest(("BTCUSDT",), kinds=kinds, since_ms=START))
     assert (len(plan.windows), len(plan.funding), plan.n_tasks) == (1 + 3 + 1, 1, 7)
-    assert plan.n_requests == 5 + 3 + 5  # windows; funding, its empty page twice; four statuses and tickers
-    assert plan.seconds == 0.12
+    assert (
+        plan.n_requests == 5 + 3 + 5
+    )  # windows; funding and its empty page twice; four statuses and tickers
+    assert plan.seconds == 0.13
 
 
 # -- gaps and their reasons -------------------------------------------------------------------------------------
