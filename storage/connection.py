@@ -84,9 +84,7 @@ def _turn(path: Path, wait_s: float) -> Iterator[AttachedFile]:
                 file.abandon()
             raise _translated(error, path) from error
         except duckdb.TransactionException as error:
-            if _FULL.search(
-                str(error)
-            ):  # the log could not be written: nothing of this transaction is stored
+            if _FULL.search(str(error)):  # the log could not be written: nothing of this transaction is stored
                 raise _translated(error, path) from error
             raise
 
@@ -105,7 +103,7 @@ def write_connection(path: Path, wait_s: float) -> Iterator[duckdb.DuckDBPyConne
             f"Cannot make the workspace folder {path.parent}: {error.strerror}.", "Give another --home."
         ) from error
     with _turn(path, wait_s) as file:
-        if file.attached and file.read_only:  # another thread read during an open session
+        if file.attached and file.read_only:  # a thread of an open session has read before anyone wrote
             file.detach()
         if not file.attached:
             _attach(file, read_only=False, wait_s=wait_s)

@@ -40,9 +40,11 @@ from recur.vocabulary import (
 from tests.following import NOW, QUICK, START, WORLD, Fault, eventually, following, stored, truth
 
 SYMBOLS = ("BTCUSDT", "ETHUSDT")
-KLINE_FAULTS = ("close-1000", "close-1001", "close-1006", "reset", "half-open", "outage-short", "outage")
-KLINE_FAULTS += ("no-confirm", "two-confirms", "late-confirm", "out-of-order", "duplicate", "gap")
-KLINE_FAULTS += ("bad-json", "binary", "no-topic", "unknown-topic", "burst", "disagree")
+KLINE_FAULTS: tuple[str, ...] = (
+    *("close-1000", "close-1001", "close-1006", "reset", "half-open", "outage-short", "outage", "gap"),
+    *("no-confirm", "two-confirms", "late-confirm", "out-of-order", "duplicate", "burst", "disagree"),
+    *("bad-json", "binary", "no-topic", "unknown-topic"),
+)
 
 
 # -- a day --------------------------------------------------------------------------------------------
