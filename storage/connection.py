@@ -25,6 +25,7 @@ _PAUSE_S = 0.005
 _FATAL = (duckdb.FatalException, duckdb.InternalException)
 _BROKEN = (*_FATAL, duckdb.IOException, duckdb.SerializationException)
 _FULL = re.compile(r"No space left[^\n]*|File too large|[Qq]uota exceeded")
+_TELLS = re.compile(_FULL.pattern + r"|Corrupt database file")  # whatever class of error says so
 
 
 def _translated(error: duckdb.Error, path: Path) -> RecurError:
@@ -79,12 +80,10 @@ def _turn(path: Path, wait_s: float) -> Iterator[AttachedFile]:
     with file.hold(wait_s):
         try:
             yield file
-        except _BROKEN as error:
+        except duckdb.Error as error:
             if isinstance(error, _FATAL):
                 file.abandon()
-            raise _translated(error, path) from error
-        except duckdb.TransactionException as error:
-            if _FULL.search(str(error)):  # the log could not be written: nothing of this transaction is stored
+            if isinstance(error, _BROKEN) or _TELLS.search(str(error)):
                 raise _translated(error, path) from error
             raise
 

@@ -78,7 +78,9 @@ class Model:
 
 @given(st.lists(ROWS, min_size=1, max_size=5))
 @settings(max_examples=25, deadline=None)
-def test_the_store_is_what_a_dictionary_would_be_now_and_at_every_earlier_instant(puts: list[list[Row]]) -> None:
+def test_the_store_is_what_a_dictionary_would_be_now_and_at_every_earlier_instant(
+    puts: list[list[Row]],
+) -> None:
     model = Model()
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder))
