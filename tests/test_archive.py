@@ -177,7 +177,7 @@ def test_unusable_files_are_refused_with_what_is_wrong(tmp_path: Path) -> None:
         read_trades(path)
     path.write_bytes(gzip.compress(b"timestamp,symbol,side,size,price\n1751241600.5,BTCUSDT,Buy,1,1\n"))
     with pytest.raises(
-        UsageError, match="its name says 2025-07-01, its trades run from 2025-06-30T00:00:00.500Z"
+        UsageError, match=r"its name says 2025-07-01, its trades run from 2025-06-30T00:00:00\.500Z"
     ):
         read_trades(path)
     with pytest.raises(UsageError, match="Cannot read"):
