@@ -22,6 +22,7 @@ from recur.vocabulary import DataMissing, RecurError, StoreBusy, StoreCorrupt, U
 
 _SETTLE_S = 0.5  # a file that another process is just creating looks broken for an instant
 _PAUSE_S = 0.005
+_SESSION_S = 60.0  # for threads of this process to end what they do with the file
 _FATAL = (duckdb.FatalException, duckdb.InternalException)
 _BROKEN = (*_FATAL, duckdb.IOException, duckdb.SerializationException)
 _FULL = re.compile(r"No space left[^\n]*|File too large|[Qq]uota exceeded")
@@ -153,13 +154,14 @@ def session(path: Path) -> Iterator[None]:
     """While this is open, writes of this process keep the file attached between them unless another process waits."""
     file, ended = file_at(path), threading.Event()
     watcher = threading.Thread(target=file.watch, args=(ended,), name="recur-store", daemon=True)
-    file.sessions += 1
+    with file.hold(_SESSION_S):
+        file.sessions += 1
     watcher.start()
     try:
         yield
     finally:
         ended.set()
         watcher.join()
-        with _turn(path, wait_s=60.0) as held:
+        with _turn(path, _SESSION_S) as held:
             held.sessions -= 1
             held.finish()

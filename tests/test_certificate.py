@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import polars as pl
 import pytest
@@ -138,6 +140,27 @@ def test_two_stores_with_the_same_rows_have_one_hash_and_a_changed_digit_another
     second.put_candles(frame[:1].with_columns(pl.col("close") * (1 + 1e-15)), source="venue", now_ms=10)
     assert certify(second, T0)["sha256"] != one["sha256"]
     assert certify(second, T0)["series"][0]["revisions"] == 1
+
+
+def test_a_copied_file_and_an_exported_backup_restore_the_same_content(tmp_path: Path) -> None:
+    store = Store(tmp_path / "a")
+    store.put_candles(candles("BTCUSDT", T0, 50), source="file", now_ms=1)
+    store.put_funding(funding_frame("BTCUSDT", T0, 3), source="file", now_ms=1)
+    with store.session():
+        store.put_candles(candles("ETHUSDT", T0, 50), source="file", now_ms=1)
+    assert [path.name for path in store.home.iterdir()] == ["market.duckdb"]  # no log: the file is everything
+    copied, imported = Store(tmp_path / "b"), Store(tmp_path / "c")
+    for other in (copied, imported):
+        other.home.mkdir()
+    shutil.copy(store.path, copied.path)
+    with duckdb.connect(str(store.path), read_only=True) as con:
+        con.execute(f"EXPORT DATABASE '{tmp_path / 'backup'}' (FORMAT parquet)")
+    with duckdb.connect(str(imported.path)) as con:
+        con.execute(f"IMPORT DATABASE '{tmp_path / 'backup'}'")
+    expected = certify(store, T0)
+    assert certify(copied, T0) == expected == certify(imported, T0)
+    again = imported.put_candles(candles("BTCUSDT", T0, 51), source="venue", now_ms=2)
+    assert (again.new, again.same) == (1, 50)
 
 
 def test_a_certificate_counts_rows_gaps_quiet_bars_and_what_is_still_to_come(tmp_path: Path) -> None:
