@@ -143,8 +143,8 @@ def test_two_stores_with_the_same_rows_have_one_hash_and_a_changed_digit_another
 
 
 def test_a_copied_file_and_an_exported_backup_restore_the_same_content(tmp_path: Path) -> None:
-    store = Store(tmp_path / "a")
-    store.put_candles(candles("BTCUSDT", T0, 50), source="file", now_ms=1)
+    store, frame = Store(tmp_path / "a"), candles("BTCUSDT", T0, 51)
+    store.put_candles(frame[:50], source="file", now_ms=1)
     store.put_funding(funding_frame("BTCUSDT", T0, 3), source="file", now_ms=1)
     with store.session():
         store.put_candles(candles("ETHUSDT", T0, 50), source="file", now_ms=1)
@@ -159,7 +159,7 @@ def test_a_copied_file_and_an_exported_backup_restore_the_same_content(tmp_path:
         con.execute(f"IMPORT DATABASE '{tmp_path / 'backup'}'")
     expected = certify(store, T0)
     assert certify(copied, T0) == expected == certify(imported, T0)
-    again = imported.put_candles(candles("BTCUSDT", T0, 51), source="venue", now_ms=2)
+    again = imported.put_candles(frame, source="venue", now_ms=2)
     assert (again.new, again.same) == (1, 50)
 
 
