@@ -97,6 +97,10 @@ class AttachedFile:
     def attached(self) -> bool:
         return self._control is not None
 
+    @property
+    def writable(self) -> bool:
+        return self.attached and not self._read_only
+
     def attach(self, read_only: bool) -> None:
         """Attach the file, or raise what DuckDB raises (the file may be held by another process)."""
         global _names

@@ -103,7 +103,8 @@ def write_connection(path: Path, wait_s: float) -> Iterator[duckdb.DuckDBPyConne
             f"Cannot make the workspace folder {path.parent}: {error.strerror}.", "Give another --home."
         ) from error
     with _turn(path, wait_s) as file:
-        if not file.attached:
+        if not file.writable:
+            file.detach()  # a session may have it for reading
             _attach(file, read_only=False, wait_s=wait_s)
         try:
             con = file.cursor()

@@ -68,6 +68,13 @@ def test_a_window_of_points_that_the_venue_leaves_short_is_recorded_as_a_gap(tmp
     assert store.asked(empty[0][0]) == [(T0, T0 + HOUR_MS, "gap", "venue empty")]
 
 
+def test_a_whole_record_of_what_was_asked_is_kept_as_it_is(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    record = (OI, T0, T0 + 4 * HOUR_MS, 4, 2, "gap", "maintenance")
+    store.put_points("open_interest", interest([1.0, 2.0]), source="x", now_ms=1, windows=[record])
+    assert store.asked(OI) == [(T0, T0 + 4 * HOUR_MS, "gap", "maintenance")]
+
+
 def test_a_table_of_points_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Did you mean 'long_short'"):
         Store(tmp_path).put_points("longshort", LONG_SHORT_SCHEMA.to_frame(), source="x", now_ms=1)

@@ -124,6 +124,16 @@ def test_a_session_lets_threads_of_its_own_process_read_meanwhile(tmp_path: Path
     assert seen == [PAGE, 2 * PAGE, 3 * PAGE]
 
 
+def test_a_session_may_read_first_and_write_then(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.put_windows([page(0)], source="x", now_ms=1)
+    with store.session(), store.session():
+        assert store.candles().height == PAGE
+        store.put_windows([page(1)], source="x", now_ms=1)
+        assert store.candles().height == 2 * PAGE
+    assert not list(tmp_path.glob("*.wal"))
+
+
 def test_two_writers_at_once_store_the_union_of_what_they_bring(tmp_path: Path) -> None:
     both = [writer(tmp_path / "a", 0, 16, 2), writer(tmp_path / "a", 1, 16, 2)]
     also = writer(tmp_path / "a", 0, 8)  # the same pages as the others bring
