@@ -37,6 +37,7 @@ from recur.vocabulary import (
 
 RELATIVE = 1e-6
 """Volumes and turnovers are sums of rounded numbers: they may differ by this share."""
+_NEWEST_MS = 4_102_444_800_000  # the year 2100: beyond it, milliseconds were taken for seconds
 _CONTRACT = ("timestamp", "symbol", "size", "price")
 _SPOT = ("id", "timestamp", "price", "volume")
 _INVERSE = re.compile(r"[A-Z0-9]+USD([FGHJKMNQUVXZ]\d{2})?")
@@ -82,6 +83,7 @@ def read_trades(path: Path) -> Trades:
         pl.col(size).cast(pl.Float64, strict=False).alias("size"),
     )
     sane = pl.all_horizontal(pl.all().is_finite()) & (pl.col("price") > 0) & (pl.col("size") >= 0)
+    sane &= pl.col("at").is_between(0, _NEWEST_MS)
     bad = frame.with_row_index("row", 1).filter(~sane.fill_null(False))
     if frame.is_empty() or bad.height:
         where = (

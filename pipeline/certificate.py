@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from recur.storage.inventory import StoredSeries
 from recur.storage.store import Store
 from recur.vocabulary import CANDLE_KINDS, INTERVALS, Series, ceil_open, floor_open, grid, iso, next_open
 
@@ -65,9 +66,8 @@ def holes(times: Ints, interval: str, asked: Sequence[Asked]) -> list[Hole]:
         return []
     windows = [(since, until, status, reason) for since, until, status, reason in asked if since < until]
     ends = _next(times, interval)
-    spans = (
-        [(int(a), int(b)) for a, b in zip(ends[:-1], times[1:], strict=True) if a < b] if len(times) else []
-    )
+    before = np.flatnonzero(ends[:-1] < times[1:])
+    spans = list(zip(ends[before].tolist(), times[before + 1].tolist(), strict=True))
     first, end = int(times[0]), int(ends[-1])
     if windows:
         start = ceil_open(min(w[0] for w in windows), interval)
@@ -133,13 +133,13 @@ def content_hash(name: str, frame: pl.DataFrame) -> str:
     digest = hashlib.sha256(f"{name}\n{','.join(frame.columns)}\n".encode())
     for column in frame.iter_columns():
         if column.dtype.is_temporal():
-            digest.update(np.ascontiguousarray(column.dt.timestamp("ms").to_numpy(), dtype="<i8"))
+            digest.update(memoryview(np.ascontiguousarray(column.dt.timestamp("ms").to_numpy(), dtype="<i8")))
             continue
         values = np.ascontiguousarray(column.to_numpy(), dtype="<f8")
         absent = np.isnan(values)
         if absent.any() or not values.all():  # one NaN for all, and no negative zero
             values = np.where(absent, np.nan, values + 0.0)
-        digest.update(values)
+        digest.update(memoryview(values))
     return digest.hexdigest()
 
 
@@ -161,47 +161,50 @@ def certify(store: Store, now_ms: int) -> dict[str, Any]:
     ``holes`` with reasons, ``unexplained`` bars, ``zero_volume``, ``outliers``, ``revisions``, ``age_hours`` since the
     last row, closed bars it lies ``behind``, and ``sha256``. Figures that a kind does not have are None.
     """
-    out = []
-    for stored in store.inventory():
-        series, frame = stored.series, store.rows(stored.series)
-        times = frame.get_column(stored.time).dt.timestamp("ms").to_numpy()
-        last, name = int(times[-1]), name_of(series)
-        row: dict[str, Any] = {
-            "series": name, "category": series.category, "symbol": series.symbol, "interval": series.interval,
-            "kind": series.kind, "rows": stored.rows, "first": iso(int(times[0])), "last": iso(last),
-        }  # fmt: skip
-        if series.interval:
-            absent = holes(times, series.interval, store.asked(series))
-            end = next_open(last, series.interval)
-            inner = [hole for hole in absent if times[0] < hole.since_ms < end]
-            row |= {
-                "gaps": _runs(inner),
-                "missing": sum(hole.bars for hole in inner),
-                "holes": [hole.as_dict() for hole in absent],
-                "unexplained": sum(hole.bars for hole in absent if hole.reason == UNEXPLAINED),
-                "behind": count(end, floor_open(now_ms, series.interval), series.interval),
-            }
-        else:
-            row |= dict.fromkeys(("gaps", "missing", "unexplained", "behind"))
-            row["holes"] = [
-                Hole(since, until, 0, reason).as_dict()
-                for since, until, status, reason in store.asked(series)
-                if status == "gap"
-            ]
-        bars = "close" in frame.columns
-        row |= {
-            "zero_volume": int((frame["volume"] == 0).sum()) if bars else None,
-            "outliers": outliers(times, frame["close"].to_numpy(), series.interval) if bars else None,
-            "revisions": stored.revisions,
-            "age_hours": round((now_ms - last) / 3_600_000, 2),
-            "sha256": content_hash(name, frame),
-        }
-        out.append(row)
+    with store.session():
+        out = [_certified(store, stored, now_ms) for stored in store.inventory()]
     return {
         "series": [row for row in out if row["kind"] in CANDLE_KINDS],
         "measures": [row for row in out if row["kind"] not in CANDLE_KINDS],
         "sha256": store_hash((row["series"], row["sha256"]) for row in out),
         "rules": RULES,
+    }
+
+
+def _certified(store: Store, stored: StoredSeries, now_ms: int) -> dict[str, Any]:
+    series, frame = stored.series, store.rows(stored.series)
+    times = frame.get_column(stored.time).dt.timestamp("ms").to_numpy()
+    last, name = int(times[-1]), name_of(series)
+    row: dict[str, Any] = {
+        "series": name, "category": series.category, "symbol": series.symbol, "interval": series.interval,
+        "kind": series.kind, "rows": frame.height, "first": iso(int(times[0])), "last": iso(last),
+    }  # fmt: skip
+    asked = store.asked(series)
+    if series.interval:
+        absent = holes(times, series.interval, asked)
+        end = next_open(last, series.interval)
+        inner = [hole for hole in absent if times[0] < hole.since_ms < end]
+        row |= {
+            "gaps": _runs(inner),
+            "missing": sum(hole.bars for hole in inner),
+            "holes": [hole.as_dict() for hole in absent],
+            "unexplained": sum(hole.bars for hole in absent if hole.reason == UNEXPLAINED),
+            "behind": count(end, floor_open(now_ms, series.interval), series.interval),
+        }
+    else:
+        row |= dict.fromkeys(("gaps", "missing", "unexplained", "behind"))
+        row["holes"] = [
+            Hole(since, until, 0, reason).as_dict()
+            for since, until, status, reason in asked
+            if status == "gap"
+        ]
+    bars = "close" in frame.columns
+    return row | {
+        "zero_volume": int((frame["volume"] == 0).sum()) if bars else None,
+        "outliers": outliers(times, frame["close"].to_numpy(), series.interval) if bars else None,
+        "revisions": stored.revisions,
+        "age_hours": round((now_ms - last) / 3_600_000, 2),
+        "sha256": content_hash(name, frame),
     }
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -41,9 +42,10 @@ def _instance(read_only: bool) -> duckdb.DuckDBPyConnection:
     with _guard:
         key = (os.getpid(), read_only)
         if key not in _instances:
-            settings: dict[str, str | bool | int | float | list[str]] = (
-                {} if read_only else {"threads": 1, "wal_autocheckpoint": CHECKPOINT_AT}
-            )
+            spill = Path(tempfile.gettempdir()) / f"recur-{os.getpid()}{'-r' * read_only}"
+            settings: dict[str, str | bool | int | float | list[str]] = {"temp_directory": str(spill)}
+            if not read_only:
+                settings |= {"threads": 1, "wal_autocheckpoint": CHECKPOINT_AT}
             _instances[key] = duckdb.connect(":memory:", config=settings)
         return _instances[key].cursor()
 
@@ -96,8 +98,8 @@ class AttachedFile:
         return self._control is not None
 
     @property
-    def read_only(self) -> bool:
-        return self._read_only
+    def writable(self) -> bool:
+        return self.attached and not self._read_only
 
     def attach(self, read_only: bool) -> None:
         """Attach the file, or raise what DuckDB raises (the file may be held by another process)."""

@@ -22,9 +22,11 @@ from recur.vocabulary import DataMissing, RecurError, StoreBusy, StoreCorrupt, U
 
 _SETTLE_S = 0.5  # a file that another process is just creating looks broken for an instant
 _PAUSE_S = 0.005
+_SESSION_S = 60.0  # for threads of this process to end what they do with the file
 _FATAL = (duckdb.FatalException, duckdb.InternalException)
 _BROKEN = (*_FATAL, duckdb.IOException, duckdb.SerializationException)
 _FULL = re.compile(r"No space left[^\n]*|File too large|[Qq]uota exceeded")
+_TELLS = re.compile(_FULL.pattern + r"|Corrupt database file")  # whatever class of error says so
 
 
 def _translated(error: duckdb.Error, path: Path) -> RecurError:
@@ -79,12 +81,10 @@ def _turn(path: Path, wait_s: float) -> Iterator[AttachedFile]:
     with file.hold(wait_s):
         try:
             yield file
-        except _BROKEN as error:
+        except duckdb.Error as error:
             if isinstance(error, _FATAL):
                 file.abandon()
-            raise _translated(error, path) from error
-        except duckdb.TransactionException as error:
-            if _FULL.search(str(error)):  # the log could not be written: nothing of this transaction is stored
+            if isinstance(error, _BROKEN) or _TELLS.search(str(error)):
                 raise _translated(error, path) from error
             raise
 
@@ -103,9 +103,8 @@ def write_connection(path: Path, wait_s: float) -> Iterator[duckdb.DuckDBPyConne
             f"Cannot make the workspace folder {path.parent}: {error.strerror}.", "Give another --home."
         ) from error
     with _turn(path, wait_s) as file:
-        if file.attached and file.read_only:  # a thread of an open session has read before anyone wrote
-            file.detach()
-        if not file.attached:
+        if not file.writable:
+            file.detach()  # a session may have it for reading
             _attach(file, read_only=False, wait_s=wait_s)
         try:
             con = file.cursor()
@@ -156,13 +155,14 @@ def session(path: Path) -> Iterator[None]:
     """While this is open, writes of this process keep the file attached between them unless another process waits."""
     file, ended = file_at(path), threading.Event()
     watcher = threading.Thread(target=file.watch, args=(ended,), name="recur-store", daemon=True)
-    file.sessions += 1
+    with file.hold(_SESSION_S):
+        file.sessions += 1
     watcher.start()
     try:
         yield
     finally:
         ended.set()
         watcher.join()
-        with _turn(path, wait_s=60.0) as held:
+        with _turn(path, _SESSION_S) as held:
             held.sessions -= 1
             held.finish()

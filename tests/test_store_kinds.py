@@ -68,6 +68,13 @@ def test_a_window_of_points_that_the_venue_leaves_short_is_recorded_as_a_gap(tmp
     assert store.asked(empty[0][0]) == [(T0, T0 + HOUR_MS, "gap", "venue empty")]
 
 
+def test_a_whole_record_of_what_was_asked_is_kept_as_it_is(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    record = (OI, T0, T0 + 4 * HOUR_MS, 4, 2, "gap", "maintenance")
+    store.put_points("open_interest", interest([1.0, 2.0]), source="x", now_ms=1, windows=[record])
+    assert store.asked(OI) == [(T0, T0 + 4 * HOUR_MS, "gap", "maintenance")]
+
+
 def test_a_table_of_points_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Did you mean 'long_short'"):
         Store(tmp_path).put_points("longshort", LONG_SHORT_SCHEMA.to_frame(), source="x", now_ms=1)
@@ -84,7 +91,8 @@ def test_funding_is_read_as_it_was_known_then(tmp_path: Path) -> None:
 
 
 def instrument(symbol: str, **facts: Any) -> pl.DataFrame:
-    row = {"category": "linear", "symbol": symbol, "status": "Trading", "tick_size": 0.1} | facts
+    row: dict[str, Any] = {"category": "linear", "symbol": symbol, "status": "Trading", "tick_size": 0.1}
+    row |= facts
     for name in ("launch_time", "delivery_time"):
         row[name] = at(row.get(name)).item()
     return pl.DataFrame([row], schema_overrides={k: INSTRUMENT_SCHEMA[k] for k in row})
@@ -133,15 +141,16 @@ def test_a_universe_is_described_by_what_was_seen_by_then(tmp_path: Path) -> Non
     for day, turnover in enumerate((1.0, 2.0, 3.0)):
         row = instrument("BTCUSDT", launch_time=T0 - DAY_MS, turnover_24h=turnover)
         store.put_instruments(row, source="x", now_ms=T0 + day * DAY_MS)
-    turnover = [
+    seen = [
         store.universe("linear", T0 + hours * HOUR_MS)["turnover_24h"].item() for hours in (-1, 0, 30, 60)
     ]
-    assert turnover == [1.0, 1.0, 2.0, 3.0]
+    assert seen == [1.0, 1.0, 2.0, 3.0]
 
 
-def item(news_id: str, title: str = "Up", published: int = T0, **more: object) -> pl.DataFrame:
-    row = {"news_id": news_id, "published_at": at(published).item(), "published_precision": "minute"}
-    row |= {"title": title, "body": "b", "url": "u", "tags": '["btc"]', "story_id": news_id} | more  # type: ignore[assignment]
+def item(news_id: str, title: str = "Up", published: int = T0, **more: Any) -> pl.DataFrame:
+    row: dict[str, Any] = {"news_id": news_id, "published_at": at(published).item()}
+    row |= {"published_precision": "minute"}
+    row |= {"title": title, "body": "b", "url": "u", "tags": '["btc"]', "story_id": news_id} | more
     return pl.DataFrame([row], schema_overrides={k: NEWS_SCHEMA[k] for k in row})
 
 

@@ -49,6 +49,21 @@ except RecurError as error:
     print(json.dumps([type(error).__name__, error.message, error.hint]), flush=True)
 """
 
+WAITER = """
+import sys, time
+from pathlib import Path
+from recur.storage.attached import waiting
+with waiting(Path(sys.argv[1])):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+IMPATIENT = """
+import sys
+from pathlib import Path
+from recur.storage.store import Store
+Store(Path(sys.argv[1]), wait_s=0.2).candles()
+"""
+
 
 def page(k: int) -> WindowRows:
     since = T0 + k * PAGE * HOUR_MS
@@ -107,6 +122,16 @@ def test_a_session_lets_threads_of_its_own_process_read_meanwhile(tmp_path: Path
             reader.start()
             reader.join()
     assert seen == [PAGE, 2 * PAGE, 3 * PAGE]
+
+
+def test_a_session_may_read_first_and_write_then(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.put_windows([page(0)], source="x", now_ms=1)
+    with store.session(), store.session():
+        assert store.candles().height == PAGE
+        store.put_windows([page(1)], source="x", now_ms=1)
+        assert store.candles().height == 2 * PAGE
+    assert not list(tmp_path.glob("*.wal"))
 
 
 def test_two_writers_at_once_store_the_union_of_what_they_bring(tmp_path: Path) -> None:
@@ -183,12 +208,9 @@ def test_a_killed_waiter_does_not_hold_a_session_up(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with store.session():
         store.put_windows([page(0)], source="x", now_ms=1)
-        waiter = subprocess.Popen([
-            sys.executable, "-c",
-            "import sys, time; from pathlib import Path; from recur.storage.attached import waiting\n"
-            "with waiting(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)",
-            str(store.path),
-        ], stdout=subprocess.PIPE, text=True)  # fmt: skip
+        waiter = subprocess.Popen(
+            [sys.executable, "-c", WAITER, str(store.path)], stdout=subprocess.PIPE, text=True
+        )
         assert waiter.stdout is not None and waiter.stdout.readline() == "in\n"
         waiter.kill()
         waiter.communicate()
@@ -201,10 +223,7 @@ def test_a_busy_store_names_the_process_that_holds_it_also_during_a_session(tmp_
     store = Store(tmp_path)
     store.put_windows([page(0)], source="x", now_ms=1)
     with store.write():
-        other = subprocess.run([
-            sys.executable, "-c",
-            "import sys; from pathlib import Path; from recur.storage.store import Store\n"
-            "Store(Path(sys.argv[1]), wait_s=0.2).candles()", str(tmp_path),
-        ], capture_output=True, text=True)  # fmt: skip
+        words = [sys.executable, "-c", IMPATIENT, str(tmp_path)]
+        other = subprocess.run(words, capture_output=True, text=True, check=False)
     assert StoreBusy.__name__ in other.stderr and f"held by process {os.getpid()} " in other.stderr
     assert isinstance(store.candles(), pl.DataFrame)
