@@ -127,7 +127,9 @@ def read_connection(path: Path, wait_s: float) -> Iterator[duckdb.DuckDBPyConnec
             _attach(file, read_only=True, wait_s=wait_s)
         try:
             con = file.cursor()
-            if not file.checked and stored_version(con) < VERSION:  # made by an older program, or its making was cut short
+            if (
+                not file.checked and stored_version(con) < VERSION
+            ):  # made by an older program, or its making was cut short
                 con.close()
                 file.detach()
                 _attach(file, read_only=False, wait_s=wait_s)

@@ -80,7 +80,12 @@ def table_of(series: Series) -> Table:
 
 def names_of(series: Series) -> tuple[str, ...]:
     """What names the series in its table."""
-    every = {"category": series.category, "symbol": series.symbol, "interval": series.interval, "kind": series.kind}
+    every = {
+        "category": series.category,
+        "symbol": series.symbol,
+        "interval": series.interval,
+        "kind": series.kind,
+    }
     return tuple(every[column] for column in table_of(series).series)
 
 
@@ -144,7 +149,10 @@ def record(con: duckdb.DuckDBPyConnection, asked: Sequence[Asked], source: str, 
                 for name in ("category", "symbol", "interval", "kind")
             ),
             *(pl.Series(n, c, dtype=pl.Int64) for n, c in zip(numbers, columns[1:5], strict=True)),
-            *(pl.Series(n, c, dtype=pl.String) for n, c in zip(("status", "reason"), columns[5:], strict=True)),
+            *(
+                pl.Series(n, c, dtype=pl.String)
+                for n, c in zip(("status", "reason"), columns[5:], strict=True)
+            ),
         ]
     )
     con.register("asked", windows)

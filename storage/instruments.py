@@ -30,7 +30,9 @@ def put(con: duckdb.DuckDBPyConnection, frame: pl.DataFrame, source: str, now_ms
         raise ValueError("instruments need a category and a symbol")
     con.register("incoming", rows)
     differs = " OR ".join(f"l.{name} IS DISTINCT FROM i.{name}" for name in _FACTS)
-    stale = f"epoch_ms(l.seen_at) <= {int(now_ms) - DAY_MS} AND i.turnover_24h IS DISTINCT FROM l.turnover_24h"
+    stale = (
+        f"epoch_ms(l.seen_at) <= {int(now_ms) - DAY_MS} AND i.turnover_24h IS DISTINCT FROM l.turnover_24h"
+    )
     last = _LAST.format(where="true", order="seen_at DESC")
     con.execute(
         f"""CREATE OR REPLACE TEMP TABLE delta AS SELECT i.*, l.symbol IS NOT NULL AS known
@@ -73,11 +75,13 @@ def universe(con: duckdb.DuckDBPyConnection, category: str, as_of_ms: int) -> pl
     time); where the venue gives none (spot) and no bar is stored, it is the first time it was seen.
     """
     query = f"""
-        WITH described AS ({_LAST.format(
+        WITH described AS ({
+        _LAST.format(
             where="category = $category",
             order="seen_at <= make_timestamp_ms($at) DESC, CASE WHEN seen_at <= make_timestamp_ms($at) "
             "THEN -epoch_ms(seen_at) ELSE epoch_ms(seen_at) END",
-        )}),
+        )
+    }),
         first_bar AS (SELECT symbol, min(open_time) AS opened FROM candles
             WHERE category = $category AND kind = 'trade' GROUP BY symbol),
         first_look AS (SELECT symbol, min(seen_at) AS seen FROM instruments

@@ -80,7 +80,9 @@ def rows_of(frame: pl.DataFrame, table: Table) -> Rows:
         series, at = [names], time.astype(np.int64, copy=False)
     else:
         first = frame.select(table.series).unique().sort(table.series).with_row_index("number")
-        number = frame.join(first, on=list(table.series), how="left", maintain_order="left").get_column("number")
+        number = frame.join(first, on=list(table.series), how="left", maintain_order="left").get_column(
+            "number"
+        )
         series = list(first.drop("number").iter_rows())
         at = (number.to_numpy().astype(np.int64) << _TIME_BITS) | time
     return _ordered(series, at, _floats(frame, table))
@@ -138,9 +140,7 @@ def compare(new: Rows, old: Rows) -> tuple[Bools, Bools, Ints]:
     return ~known, differs, place
 
 
-def merge(
-    con: duckdb.DuckDBPyConnection, rows: Rows, table: Table, *, source: str, now_ms: int
-) -> PutResult:
+def merge(con: duckdb.DuckDBPyConnection, rows: Rows, table: Table, *, source: str, now_ms: int) -> PutResult:
     """Merge ``rows`` into ``table``. A null never erases a stored value. A row whose values differ updates the stored
     one, whose ``first_seen`` stays, and leaves old and new values in the table of revisions.
     """

@@ -131,10 +131,10 @@ class Store:
         with self.write() as con:
             return instruments.put(con, frame, source, now_ms)
 
-    def put_news(self, frame: pl.DataFrame, *, source: str, now_ms: int) -> PutResult:
+    def put_news(self, frame: pl.DataFrame, *, source: str, now_ms: int, backfill: bool = False) -> PutResult:
         """Store news items; an edited one becomes a new version. See ``storage/news.py``."""
         with self.write() as con:
-            return news.put(con, frame, source, now_ms)
+            return news.put(con, frame, source, now_ms, backfill)
 
     def put_sentiment(self, frame: pl.DataFrame) -> int:
         """Store scores (columns of ``SENTIMENT_SCHEMA``) that are not there yet; returns how many."""
@@ -153,9 +153,7 @@ class Store:
         asked = asked_ranges(rows, windows) if windows else asked_file(rows, table)
         return self._put(rows, table, asked, source, now_ms) if asked else PutResult()
 
-    def _put(
-        self, rows: Rows, table: Table, asked: Sequence[Asked], source: str, now_ms: int
-    ) -> PutResult:
+    def _put(self, rows: Rows, table: Table, asked: Sequence[Asked], source: str, now_ms: int) -> PutResult:
         with self.write() as con:
             result = merge(con, rows, table, source=source, now_ms=now_ms)
             record(con, asked, source, now_ms)
