@@ -1,162 +1,183 @@
-"""Public market data of Bybit v5 through pybit: candles, funding and instruments as frames.
+"""Public market data of Bybit v5: candles, funding, open interest, long/short ratio, instruments, maintenance.
 
-pybit sends the request; everything around it is done here, since pybit retries few failures and lets foreign
-exceptions through: the rate, the retries, the check of the whole envelope, and the translation of failures
-(``failures.py``). Nothing needs a key. Method and field names are the venue's
-(https://bybit-exchange.github.io/docs/v5/market/kline and its neighbours), frames are ours.
+Nothing needs a key. Method and field names are the venue's
+(https://bybit-exchange.github.io/docs/v5/market/kline and its neighbours), frames are ours. How one question is
+asked is in ``session.py``, how an answer is read in ``answers.py``.
 """
 
 from __future__ import annotations
 
-import logging
-import random
-import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn, Protocol, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
+import msgspec
 import polars as pl
-from pybit.unified_trading import HTTP
-from requests.models import Response
 
-from recur.connectors import failures
-from recur.connectors.answers import FUNDING_SCHEMA, candle_frame, closed, envelope, funding_frame, rows
-from recur.connectors.ratelimit import DEFAULT_BURST, DEFAULT_RATE_PER_S, TokenBucket
-from recur.connectors.windows import PAGE_ROWS, Window, verify
-from recur.vocabulary import (
-    Series,
-    UsageError,
-    VenueError,
-    VenueRefused,
-    VenueUnreachable,
-    did_you_mean,
-    iso,
+from recur.connectors.answers import (
+    FUNDING_SCHEMA,
+    Reply,
+    candle_bars,
+    candle_frame,
+    day_amounts,
+    funding_frame,
+    instrument_frame,
+    maintenance_ranges,
+    point_frame,
+    rows,
 )
+from recur.connectors.session import PUBLIC_URL, VenueSession
+from recur.connectors.windows import PAGE_ROWS, Bars, Window, check
+from recur.vocabulary import INTERVALS, Series, VenueError, VenueRefused, did_you_mean, floor_open, iso
 
-PUBLIC_URL = "https://api.bybit.com"
+__all__ = ["PUBLIC_URL", "BybitConnector"]
+
 VENUE_INTERVALS = {
     "1m": "1", "3m": "3", "5m": "5", "15m": "15", "30m": "30", "1h": "60", "2h": "120", "4h": "240",
     "6h": "360", "12h": "720", "1d": "D", "1w": "W", "1M": "M",
 }  # fmt: skip
+POINT_INTERVALS = {"5m": "5min", "15m": "15min", "30m": "30min", "1h": "1h", "4h": "4h", "1d": "1d"}
+"""Our name to the venue's of the spacings of open interest and long/short ratio."""
+
 FUNDING_PAGE_ROWS = 200
+POINT_PAGE_ROWS = {"open_interest": 200, "long_short": 500}
 INSTRUMENT_PAGE_ROWS = 1000
+STATUSES = ("Trading", "PreLaunch", "Delivering", "Closed")
+"""What instruments can be; spot lists only those trading."""
+
+_KLINES = {
+    "trade": "get_kline",
+    "mark": "get_mark_price_kline",
+    "index": "get_index_price_kline",
+    "premium": "get_premium_index_price_kline",
+}
 _LONG_AGO_MS = 1
-_FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.25, 8.0
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-
-T = TypeVar("T")
 
 
-class MarketApi(Protocol):
-    """The part of ``pybit.unified_trading.HTTP`` in use: keyword arguments as the venue names them."""
-
-    def get_server_time(self) -> Any: ...
-    def get_kline(self, **params: Any) -> Any: ...
-    def get_mark_price_kline(self, **params: Any) -> Any: ...
-    def get_index_price_kline(self, **params: Any) -> Any: ...
-    def get_premium_index_price_kline(self, **params: Any) -> Any: ...
-    def get_instruments_info(self, **params: Any) -> Any: ...
-    def get_funding_rate_history(self, **params: Any) -> Any: ...
-
-
-class BybitConnector:
-    """Asks the venue, from any number of threads at once; one HTTP session per thread.
-
-    ``base_url``    None for the public venue, else e.g. ``http://127.0.0.1:8000``
-    ``rate``        requests per second over all threads (the venue allows 120)
-    ``workers``     threads a caller should use
-    ``timeout_s``   of connecting and of each read
-    ``attempts``    of one request, at most; ``deadline_s`` ends the retries of one request earlier
-    ``clock``       seconds that never go back; ``sleep`` waits for seconds (and is cut short by ``stop``)
-
-    Every method raises only VenueError and its children (see ``recur.vocabulary``).
-    """
-
-    def __init__(
-        self,
-        base_url: str | None = None,
-        *,
-        rate: float = DEFAULT_RATE_PER_S,
-        workers: int = 16,
-        timeout_s: float = 10.0,
-        attempts: int = 5,
-        deadline_s: float = 120.0,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], object] | None = None,
-    ) -> None:
-        self.base_url = _checked_url(base_url or PUBLIC_URL)
-        self.workers = workers
-        self.timeout_s = timeout_s
-        self.attempts = attempts
-        self.deadline_s = deadline_s
-        self.rate = rate
-        self._clock = clock
-        self._stopped = threading.Event()
-        self._sleep = sleep or self._stopped.wait
-        self._bucket = TokenBucket(
-            rate, max(1, min(DEFAULT_BURST, int(rate))), clock=clock, sleep=self._sleep
-        )
-        self._thread = threading.local()
-        self._lock = threading.Lock()
-        self._requests = 0
-        self._halt: tuple[VenueError, float] | None = None  # banned or forbidden, until this clock time
-
-    @property
-    def requests(self) -> int:
-        """Requests sent so far, retries included."""
-        return self._requests
-
-    def stop(self) -> None:
-        """End every wait now; later and waiting calls raise VenueUnreachable. For use on Ctrl-C."""
-        self._stopped.set()
-
-    # -- questions ------------------------------------------------------------------------------------
+class BybitConnector(VenueSession):
+    """What the venue knows, a method per kind. See ``VenueSession`` for the arguments and the errors."""
 
     def server_time_ms(self) -> int:
         """The venue's clock."""
-        return self._ask("server time", lambda api: api.get_server_time(), lambda reply: int(reply["time"]))
+        return self.ask("server time", lambda api: api.get_server_time(), lambda reply: reply.time_ms)
 
-    def candles(self, window: Window) -> pl.DataFrame:
-        """The closed bars of ``window`` as a candle frame, sorted: maybe fewer than expected, never wrong.
+    def read_clock(self) -> tuple[int, int]:
+        """The venue's clock, and by how many milliseconds it is ahead of this machine's at the middle of the call."""
+        before = time.time()
+        server_ms = self.server_time_ms()
+        return server_ms, server_ms - int(500 * (before + time.time()))
 
-        A bar counts as closed by the venue's own clock. VenueError when the answer breaks ``windows.verify``.
+    # -- candles --------------------------------------------------------------------------------------
+
+    def bars(self, window: Window) -> tuple[Bars, list[int], int]:
+        """The closed bars of ``window``, sorted, the open times that are missing, and the venue's clock.
+
+        A bar counts as closed by the venue's own clock. VenueError when the answer breaks ``windows.check``.
         """
 
-        def read(reply: dict[str, Any]) -> pl.DataFrame:
-            return verify(window, closed(candle_frame(window.series, reply), window.series, reply["time"]))[0]
+        def read(reply: Reply) -> tuple[Bars, list[int], int]:
+            bars = candle_bars(window.series, reply).closed(reply.time_ms)
+            return *check(window, bars), reply.time_ms
 
-        return self._ask(
+        return self.ask(
             str(window),
-            lambda api: self._kline(api, window.series, window.since_ms, window.until_ms - 1, PAGE_ROWS),
+            lambda api: _kline(api, window.series, window.since_ms, window.until_ms - 1, PAGE_ROWS),
             read,
         )
+
+    def candles(self, window: Window) -> pl.DataFrame:
+        """``bars`` as a candle frame: maybe fewer than expected, never wrong."""
+        return candle_frame(window.series, [self.bars(window)[0]])
 
     def first_open(self, series: Series) -> int | None:
         """Open time of the first bar the venue has (its stated launch time is no lower bound); None if no bar."""
 
-        def read(reply: dict[str, Any]) -> int | None:
-            opens = candle_frame(series, reply)["open_time"].dt.epoch("ms")
-            return int(opens[0]) if len(opens) else None
+        def read(reply: Reply) -> int | None:
+            opens = candle_bars(series, reply).open_ms
+            return int(opens.min()) if len(opens) else None
 
-        return self._ask(
-            f"first bar of {series}", lambda api: self._kline(api, series, _LONG_AGO_MS, None, 1), read
+        return self.ask(
+            f"first bar of {series}", lambda api: _kline(api, series, _LONG_AGO_MS, None, 1), read
         )
+
+    # -- funding, open interest, long/short ratio ---------------------------------------------------------
 
     def funding(self, category: str, symbol: str, since_ms: int, until_ms: int) -> pl.DataFrame:
         """Funding events in ``[since_ms, until_ms)``: category, symbol, funding_time, rate (a fraction), sorted.
 
-        Pages go backward from the end, since the spacing of events changes over a symbol's life.
+        The spacing of events changes over a symbol's life, so nothing is assumed of it.
         """
-        pages = [pl.DataFrame(schema=FUNDING_SCHEMA)]
-        end_ms = until_ms - 1
-        while end_ms >= since_ms:
-            page = self._funding_page(category, symbol, since_ms, end_ms)
-            if page.is_empty():
-                break
-            pages.append(page)
-            end_ms = int(page["funding_time"].dt.epoch("ms").min()) - 1  # type: ignore[arg-type]
+
+        def page(end_ms: int) -> pl.DataFrame:
+            return self._timed_page(
+                f"funding of {category} {symbol} to {iso(end_ms)}",
+                lambda api: api.get_funding_rate_history(
+                    category=category,
+                    symbol=symbol,
+                    startTime=since_ms,
+                    endTime=end_ms,
+                    limit=FUNDING_PAGE_ROWS,
+                ),
+                lambda reply: funding_frame(category, symbol, reply),
+                (since_ms, end_ms),
+            )
+
+        pages = [pl.DataFrame(schema=FUNDING_SCHEMA), *_backward(page, since_ms, until_ms, "funding_time")]
         return pl.concat(pages).sort("funding_time")
+
+    def points(self, series: Series, since_ms: int, until_ms: int) -> pl.DataFrame:
+        """Open interest or long/short ratio (``series.kind``) at the instants in ``[since_ms, until_ms)``, sorted.
+
+        Columns category, symbol, interval, ts and open_interest (base coin, for inverse USD; both sides counted) or
+        buy_ratio and sell_ratio (fractions of accounts). ``series.interval`` is one of ``POINT_INTERVALS``.
+        """
+        spacing, limit = POINT_INTERVALS[series.interval], POINT_PAGE_ROWS[series.kind]
+        step = INTERVALS[series.interval]
+        query: dict[str, Any] = {"category": series.category, "symbol": series.symbol, "startTime": since_ms}
+        expected = max(0, -(-until_ms // step) - -(-since_ms // step))
+
+        def call(api: Any, end_ms: int) -> Any:
+            if series.kind == "open_interest":
+                return api.get_open_interest(intervalTime=spacing, endTime=end_ms, limit=limit, **query)
+            return api.get_long_short_ratio(period=spacing, endTime=end_ms, limit=limit, **query)
+
+        def page(end_ms: int) -> pl.DataFrame:
+            what = f"{series} to {iso(end_ms)}"
+            return self._timed_page(
+                what,
+                lambda api: call(api, end_ms),
+                lambda reply: _sound_points(what, series, point_frame(series, reply)),
+                (since_ms, end_ms),
+            )
+
+        found: list[pl.DataFrame] = []
+        for part in _backward(page, since_ms, until_ms, "ts"):
+            found.append(part)
+            if sum(frame.height for frame in found) >= expected:
+                break
+        return pl.concat(found).sort("ts") if found else _no_points(series)
+
+    def _timed_page(
+        self,
+        what: str,
+        call: Callable[[Any], Any],
+        read: Callable[[Reply], pl.DataFrame],
+        span: tuple[int, int],
+    ) -> pl.DataFrame:
+        """One page of rows that carry an instant of ``span`` (both ends included); equal rows count once."""
+
+        def checked(reply: Reply) -> pl.DataFrame:
+            frame = read(reply).unique(maintain_order=True)
+            times = _times(frame)
+            if not times.is_between(*span).all():
+                raise VenueError(f"{what}: the answer holds rows outside the range that was asked.")
+            if times.is_duplicated().any():
+                raise VenueError(f"{what}: the answer says two things about one instant.")
+            return frame
+
+        return self.ask(what, call, checked)
+
+    # -- what there is ------------------------------------------------------------------------------------
 
     def instruments(self, category: str, **params: str) -> list[dict[str, Any]]:
         """All instruments of ``category`` as the venue describes them; by default those trading now."""
@@ -167,178 +188,103 @@ class BybitConnector:
             query: dict[str, Any] = {"category": category, "limit": INSTRUMENT_PAGE_ROWS, **params}
             if cursor:
                 query["cursor"] = cursor  # already percent-encoded: goes back as it came
-            page, cursor = self._ask(
+            page, cursor = self.ask(
                 f"instruments of {category}",
                 lambda api, query=query: api.get_instruments_info(**query),  # type: ignore[misc]
-                lambda reply: (rows(reply, dict), str(reply["result"].get("nextPageCursor") or "")),
+                lambda reply: (rows(reply, dict), str(reply.document().get("nextPageCursor") or "")),
             )
             found += page
             if not page or not cursor or cursor in seen:
                 return found
             seen.add(cursor)
 
-    def check_symbols(self, category: str, symbols: Iterable[str]) -> None:
-        """VenueRefused naming the first of ``symbols`` that ``category`` does not have, delisted ones included."""
+    def all_instruments(self, category: str) -> pl.DataFrame:
+        """Every instrument of ``category``, delisted ones included, with what it trades in a day."""
+        statuses = STATUSES[:1] if category == "spot" else STATUSES
+        found = [row for status in statuses for row in self.instruments(category, status=status)]
+        return instrument_frame(category, found, self.day_amounts(category))
+
+    def day_amounts(self, category: str) -> dict[str, float | None]:
+        """Amount traded in the last 24 hours by symbol: in quote coin, for inverse contracts in USD."""
+        return self.ask(
+            f"tickers of {category}",
+            lambda api: api.get_tickers(category=category),
+            lambda reply: day_amounts(category, reply),
+        )
+
+    def describe_symbols(self, category: str, symbols: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The venue's description of each of ``symbols``, delisted ones included.
+
+        VenueRefused naming the first that ``category`` does not have.
+        """
         wanted = set(symbols)
-        known = {str(row.get("symbol")) for row in self.instruments(category)}
-        if category != "spot":
-            for status in ("PreLaunch", "Delivering", "Closed"):
-                if wanted <= known:
-                    break
-                known |= {str(row.get("symbol")) for row in self.instruments(category, status=status)}
-        for symbol in sorted(wanted - known):
+        known: dict[str, dict[str, Any]] = {}
+        for status in STATUSES[:1] if category == "spot" else STATUSES:
+            known |= {str(row.get("symbol")): row for row in self.instruments(category, status=status)}
+            if wanted <= known.keys():
+                break
+        for symbol in sorted(wanted - known.keys()):
             raise VenueRefused(
                 f"The venue has no symbol '{symbol}' in category '{category}'.{did_you_mean(symbol, known)}",
                 f"It knows {len(known)} {category} symbols, such as {', '.join(sorted(known)[:3]) or 'none'}.",
                 10001,
             )
+        return {symbol: known[symbol] for symbol in wanted}
 
-    # -- one request ----------------------------------------------------------------------------------
+    def check_symbols(self, category: str, symbols: Iterable[str]) -> None:
+        """VenueRefused naming the first of ``symbols`` that ``category`` does not have, delisted ones included."""
+        self.describe_symbols(category, symbols)
 
-    def _kline(self, api: MarketApi, series: Series, start_ms: int, end_ms: int | None, limit: int) -> Any:
-        method = {
-            "trade": api.get_kline,
-            "mark": api.get_mark_price_kline,
-            "index": api.get_index_price_kline,
-            "premium": api.get_premium_index_price_kline,
-        }[series.kind]
-        params: dict[str, Any] = {
-            "category": series.category,
-            "symbol": series.symbol,
-            "interval": VENUE_INTERVALS[series.interval],
-            "start": start_ms,
-            "limit": limit,
-        }
-        if end_ms is not None:
-            params["end"] = end_ms
-        return method(**params)
-
-    def _funding_page(self, category: str, symbol: str, since_ms: int, end_ms: int) -> pl.DataFrame:
-        what = f"funding of {category} {symbol} to {iso(end_ms)}"
-
-        def read(reply: dict[str, Any]) -> pl.DataFrame:
-            page = funding_frame(category, symbol, reply)
-            times = page["funding_time"].dt.epoch("ms")
-            if len(page) and not times.is_between(since_ms, end_ms).all():
-                raise VenueError(f"{what}: the answer holds events outside the range that was asked.")
-            if times.is_duplicated().any() or not page["rate"].is_finite().all():
-                raise VenueError(f"{what}: the answer holds an event twice or a rate that is no number.")
-            return page
-
-        return self._ask(
-            what,
-            lambda api: api.get_funding_rate_history(
-                category=category, symbol=symbol, startTime=since_ms, endTime=end_ms, limit=FUNDING_PAGE_ROWS
-            ),
-            read,
-        )
-
-    def _ask(self, what: str, call: Callable[[MarketApi], Any], read: Callable[[dict[str, Any]], T]) -> T:
-        """Ask until an answer can be read, asking again cannot help, or attempts or time are used up."""
-        started = self._clock()
-        attempt = 0
-        while True:
-            attempt += 1
-            self._raise_if_halted()
-            self._bucket.take()
-            self._raise_if_halted()
-            try:
-                return read(envelope(self._send(what, call)))
-            except _Failed as failed:
-                failure, cause = failed.failure, failed.__cause__
-            except VenueError as error:  # an answer came, but what it says cannot be
-                if what not in error.message:
-                    error = VenueError(f"{what}: {error.message}", error.hint)
-                failure, cause = failures.Failure(error, again=True), error.__cause__
-            if failure.halt_s:
-                self._halt = (failure.error, self._clock() + failure.halt_s)
-            if failure.wait_s:
-                self._bucket.slow_down()
-                self._bucket.pause(failure.wait_s)
-            wait_s = _backoff_s(attempt)
-            late = self._clock() - started + wait_s + failure.wait_s > self.deadline_s
-            if not failure.again or attempt >= self.attempts or late:
-                _give_up(failure.error, attempt, cause)
-            self._sleep(wait_s)
-
-    def _send(self, what: str, call: Callable[[MarketApi], Any]) -> Any:
-        with self._lock:
-            self._requests += 1
-        self._thread.seen = failures.Seen()
-        try:
-            return call(self._api())
-        except Exception as error:
-            raise _Failed(failures.classify(error, self._thread.seen, what, self.base_url)) from error
-
-    def _raise_if_halted(self) -> None:
-        if self._stopped.is_set():
-            raise VenueUnreachable("The fetch was stopped.", "Run the same command again to go on.")
-        if self._halt and self._clock() < self._halt[1]:
-            raise self._halt[0]
-
-    def _api(self) -> MarketApi:
-        api: MarketApi | None = getattr(self._thread, "api", None)
-        if api is None:
-            api = self._thread.api = self._new_session()
-        return api
-
-    def _new_session(self) -> MarketApi:
-        with self._lock:  # the constructor touches a logger that all sessions share
-            # retry_codes must not be empty, or pybit's defaults apply; code 0 is never looked up.
-            session = HTTP(timeout=(min(5.0, self.timeout_s), self.timeout_s), max_retries=1, retry_codes={0})
-            _quiet_pybit()
-        session.endpoint = self.base_url
-        session.client.trust_env = urlsplit(self.base_url).hostname not in _LOOPBACK  # no proxy to ourselves
-        session.client.hooks["response"].append(self._remember)
-        api: MarketApi = session
-        return api
-
-    def _remember(self, response: Response, *_: object, **__: object) -> None:
-        """Keep what pybit's exceptions lose; runs in the thread that asked."""
-        headers = response.headers
-        self._thread.seen = failures.Seen(
-            status=response.status_code,
-            body="" if response.is_redirect else response.text,
-            reset_ms=_int_or_none(headers.get("X-Bapi-Limit-Reset-Timestamp")),
-            now_ms=_int_or_none(headers.get("Timenow")) or int(time.time() * 1000),
-        )
+    def maintenance(self) -> list[tuple[int, int]]:
+        """(begin, end) of the maintenance the venue has announced, past and to come, in UTC ms."""
+        return self.ask("system status", lambda api: api.get_system_status(), maintenance_ranges)
 
 
-class _Failed(Exception):
-    """Carries a classified failure to the retry loop."""
-
-    def __init__(self, failure: failures.Failure) -> None:
-        self.failure = failure
-
-
-def _give_up(error: VenueError, attempts: int, cause: BaseException | None) -> NoReturn:
-    if attempts > 1:
-        error.message = f"{error.message.rstrip('.')}; gave up after {attempts} attempts."
-        error.args = (error.message,)
-    raise error from cause
-
-
-def _backoff_s(attempt: int) -> float:
-    """Doubling, capped, with half of it random so that threads do not come back together."""
-    full = min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * float(2 ** (attempt - 1)))
-    return full * (0.5 + 0.5 * random.random())
+def _kline(api: Any, series: Series, start_ms: int, end_ms: int | None, limit: int) -> Any:
+    params: dict[str, Any] = {
+        "category": series.category,
+        "symbol": series.symbol,
+        "interval": VENUE_INTERVALS[series.interval],
+        "start": start_ms,
+        "limit": limit,
+    }
+    if end_ms is not None:
+        params["end"] = end_ms
+    return getattr(api, _KLINES[series.kind])(**params)
 
 
-def _quiet_pybit() -> None:
-    """Undo the handler that pybit installs for itself; records still reach handlers of the application."""
-    logging.getLogger("pybit._http_manager").handlers.clear()
-    if not logging.getLogger("pybit").handlers:
-        logging.getLogger("pybit").addHandler(logging.NullHandler())
+def _backward(
+    page: Callable[[int], pl.DataFrame], since_ms: int, until_ms: int, time: str
+) -> Iterable[pl.DataFrame]:
+    """Pages from the end to the begin of ``[since_ms, until_ms)``: each ends before the oldest row so far.
+
+    The end moves down with every page, so a venue that repeats itself cannot keep it going.
+    """
+    end_ms = until_ms - 1
+    while end_ms >= since_ms:
+        frame = page(end_ms)
+        if frame.is_empty():
+            return
+        yield frame
+        end_ms = int(frame[time].dt.epoch("ms").min()) - 1  # type: ignore[arg-type]
 
 
-def _checked_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(
-            f"'{url}' is not a base URL.", "Give it as in https://api.bybit.com, with the scheme."
-        )
-    return url.rstrip("/")
+def _times(frame: pl.DataFrame) -> pl.Series:
+    return frame[next(name for name in ("funding_time", "ts") if name in frame.columns)].dt.epoch("ms")
 
 
-def _int_or_none(text: str | None) -> int | None:
-    return int(text) if text and text.isascii() and text.isdigit() else None
+def _sound_points(what: str, series: Series, frame: pl.DataFrame) -> pl.DataFrame:
+    """VenueError when an instant is off the grid, an amount below zero or a fraction above one."""
+    times = frame["ts"].dt.epoch("ms")
+    off = [ms for ms in times if floor_open(ms, series.interval) != ms]
+    values = frame.drop("category", "symbol", "interval", "ts")
+    most = 1.0 if series.kind == "long_short" else float("inf")
+    bad = [name for name in values.columns if not values[name].is_between(0.0, most).all()]
+    if off or bad:
+        said = f"{iso(off[0])} is not on its grid" if off else f"an impossible {bad[0]}"
+        raise VenueError(f"{what}: the answer holds {said}.")
+    return frame
+
+
+def _no_points(series: Series) -> pl.DataFrame:
+    return point_frame(series, Reply(msgspec.Raw(b'{"list":[]}'), 0))

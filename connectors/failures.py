@@ -24,14 +24,12 @@ from pybit.exceptions import FailedRequestError, InvalidRequestError
 
 from recur.vocabulary import VenueBanned, VenueError, VenueForbidden, VenueRefused, VenueUnreachable
 
-BAN_S = 600.0
-"""The venue lifts a ban of an address after ten minutes without requests."""
-
 _TRANSIENT_CODES = {-1, 429, 10000, 10002, 10016}
 _TOO_MANY_VISITS = 10006
 _BAN_CODES = {10018}
 _REGION_CODES = {10009, 10024}
 _MAX_RESET_WAIT_S = 10.0
+_FORBIDDEN_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ class Failure:
     error: VenueError
     again: bool = False
     wait_s: float = 0.0  # at least this long before the next attempt, for every thread
-    halt_s: float = 0.0  # no request at all for so long
+    halt_s: float = 0.0  # no request of this session at all for so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,8 @@ class Seen:
     """The last HTTP answer of a call; ``status`` 0 when none came."""
 
     status: int = 0
-    body: str = ""
+    body: str = ""  # its first 4096 characters
+    size: int = 0
     reset_ms: int | None = None  # header X-Bapi-Limit-Reset-Timestamp
     now_ms: int = 0  # when it came: header Timenow, else this machine's clock
 
@@ -105,17 +104,17 @@ def _of_status(seen: Seen, what: str) -> Failure:
 def _not_json(seen: Seen, what: str) -> Failure:
     if _is_html(seen.body) and "block access from your country" in seen.body.lower():
         return _forbidden(f"{what}: the answer is a page that blocks this country.")
-    return malformed(f"{what}: the answer is not JSON ({len(seen.body)} characters).")
+    return malformed(f"{what}: the answer is not JSON ({seen.size} bytes).")
 
 
 def _banned(said: str) -> Failure:
-    hint = "Too many requests from this address: stop every program that asks the venue and wait ten minutes."
-    return Failure(VenueBanned(said, hint), halt_s=BAN_S)
+    hint = "Too many requests from this address: stop every program that asks the venue, or give --wait-ban."
+    return Failure(VenueBanned(said, hint))
 
 
 def _forbidden(said: str) -> Failure:
     hint = "The venue does not serve this country or address; set --base-url to a host that serves you."
-    return Failure(VenueForbidden(said, hint), halt_s=BAN_S)
+    return Failure(VenueForbidden(said, hint), halt_s=_FORBIDDEN_S)
 
 
 def _is_html(body: str) -> bool:

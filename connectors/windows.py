@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from recur.vocabulary import INTERVALS, Series, VenueError, ceil_open, grid, iso, next_open
+from recur.vocabulary import INTERVALS, Series, VenueError, ceil_open, floor_open, grid, iso, next_open
 
 PAGE_ROWS = 1000
 """Most candles the venue returns at once (https://bybit-exchange.github.io/docs/v5/market/kline)."""
@@ -38,6 +38,36 @@ class Window:
 
     def __str__(self) -> str:
         return f"{self.series} {iso(self.since_ms)} to {iso(self.until_ms)}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bars:
+    """Bars of one series as arrays, any number n of them.
+
+    ``open_ms`` (n,) int64; ``values`` (n, 6) float64: open, high, low, close, volume, turnover, NaN where absent.
+    """
+
+    series: Series
+    open_ms: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.open_ms)
+
+    def take(self, rows: slice | npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Bars:
+        """The bars at ``rows``, anything that indexes an array."""
+        return Bars(self.series, self.open_ms[rows], self.values[rows])
+
+    def closed(self, now_ms: int) -> Bars:
+        """Without the bar that is still open at ``now_ms``; the venue sends it without a mark."""
+        return self.take(self.open_ms < floor_open(now_ms, self.series.interval))
+
+    def joined(self, more: Bars) -> Bars:
+        """These and the bars of ``more`` that are not among them, sorted."""
+        new = more.take(~np.isin(more.open_ms, self.open_ms))
+        opens = np.concatenate([self.open_ms, new.open_ms])
+        order = np.argsort(opens, kind="stable")
+        return Bars(self.series, opens[order], np.concatenate([self.values, new.values])[order])
 
 
 def missing_ranges(since_ms: int, until_ms: int, done: Iterable[Range]) -> list[Range]:
@@ -90,37 +120,55 @@ def _pages(series: Series, since_ms: int, until_ms: int, limit: int) -> list[Win
     ]
 
 
-def verify(window: Window, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[int]]:
-    """Return ``rows`` (a candle frame in any order) sorted by open time, and the open times that are missing.
+def check(window: Window, bars: Bars) -> tuple[Bars, list[int]]:
+    """Return ``bars`` (in any order) sorted by open time, and the open times of the window that are missing.
 
-    A window may be short, never wrong: VenueError when a row lies outside the window or off its grid,
+    A window may be short, never wrong: VenueError when a bar lies outside the window or off its grid,
     when an open time comes twice, or when a bar cannot be (a price absent, not finite or, except for the
     premium, not above zero; open or close outside low and high; volume or turnover below zero).
     """
-    rows = rows.sort("open_time")
-    opens = rows["open_time"].dt.epoch("ms").to_numpy()
+    if len(bars) > 1 and (np.diff(bars.open_ms) < 0).all():  # the venue's order
+        bars = bars.take(slice(None, None, -1))
+    elif len(bars) > 1 and not (np.diff(bars.open_ms) > 0).all():
+        bars = bars.take(np.argsort(bars.open_ms, kind="stable"))
+    opens = bars.open_ms
     _refuse(
         window, opens, (opens < window.since_ms) | (opens >= window.until_ms), "lies outside what was asked"
     )
-    expected = np.array(grid(window.since_ms, window.until_ms, window.series.interval), dtype=np.int64)
-    _refuse(window, opens, ~np.isin(opens, expected), "is not on the grid of its interval")
+    step = INTERVALS[window.series.interval]
+    if step:
+        expected = np.arange(window.since_ms, window.until_ms, step, dtype=np.int64)
+        astray = (opens - window.since_ms) % step != 0
+    else:
+        expected = np.array(grid(window.since_ms, window.until_ms, window.series.interval), dtype=np.int64)
+        astray = ~np.isin(opens, expected)
+    _refuse(window, opens, astray, "is not on the grid of its interval")
     twice = np.zeros(len(opens), dtype=bool)
     twice[1:] = opens[1:] == opens[:-1]
     _refuse(window, opens, twice, "comes twice")
-    _refuse(window, opens, _impossible(rows, window.series.kind), "has impossible values")
+    _refuse(window, opens, _impossible(bars), "has impossible values")
     missing = [] if len(opens) == len(expected) else np.setdiff1d(expected, opens).tolist()
-    return rows, missing
+    return bars, missing
 
 
-def _impossible(rows: pl.DataFrame, kind: str) -> npt.NDArray[np.bool_]:
-    # Absent prices become NaN here, and every comparison with NaN is false.
-    o, h, low, c = (rows[name].to_numpy() for name in ("open", "high", "low", "close"))
+def verify(window: Window, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[int]]:
+    """``check`` for a candle frame."""
+    rows = rows.sort("open_time")
+    values = rows.select(
+        pl.col("open", "high", "low", "close", "volume", "turnover").cast(pl.Float64).fill_null(float("nan"))
+    )
+    opens = rows["open_time"].dt.epoch("ms").to_numpy()
+    return rows, check(window, Bars(window.series, opens, values.to_numpy()))[1]
+
+
+def _impossible(bars: Bars) -> npt.NDArray[np.bool_]:
+    # Comparisons with NaN are false: an absent price makes a bar impossible, an absent amount does not.
+    o, h, low, c, volume, turnover = bars.values.T
     possible = (low <= np.minimum(o, c)) & (h >= np.maximum(o, c)) & np.isfinite(h) & np.isfinite(low)
-    if kind != "premium":
+    if bars.series.kind != "premium":
         possible &= low > 0
-    for name in ("volume", "turnover"):
-        amount = rows[name]
-        possible &= (amount.is_null() | (amount.is_finite() & (amount >= 0))).fill_null(True).to_numpy()
+    for amount in (volume, turnover):
+        possible &= ~((amount < 0) | np.isinf(amount))
     return np.asarray(~possible, dtype=np.bool_)
 
 

@@ -122,11 +122,18 @@ def asked_file(rows: Rows, table: Table) -> list[Asked]:
     return out
 
 
-def asked_ranges(rows: Rows, windows: Sequence[tuple[Series, int, int]]) -> list[Asked]:
-    """The records of ranges that were asked for events or points: a gap where the venue gave none, or too few."""
+def asked_ranges(rows: Rows, windows: Sequence[tuple[Series, int, int] | Asked]) -> list[Asked]:
+    """The records of ranges that were asked for events or points: a gap where the venue gave none, or too few.
+
+    A window that is a whole record already, because the caller knows the reason, is taken as it is.
+    """
     numbers = {names: i for i, names in enumerate(rows.series)}
     out: list[Asked] = []
-    for series, since, until in windows:
+    for window in windows:
+        if len(window) == 7:
+            out.append(window)
+            continue
+        series, since, until = window
         time = rows.time_ms[rows.number == numbers.get(names_of(series), -1)]
         count = int(np.searchsorted(time, until) - np.searchsorted(time, since))
         expected = bars_between(since, until, series.interval)

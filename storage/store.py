@@ -101,7 +101,7 @@ class Store:
         *,
         source: str,
         now_ms: int,
-        windows: Sequence[tuple[Series, int, int]] = (),
+        windows: Sequence[tuple[Series, int, int] | Asked] = (),
     ) -> PutResult:
         """Store funding payments and the ranges that were asked for them, in one transaction.
 
@@ -117,12 +117,13 @@ class Store:
         *,
         source: str,
         now_ms: int,
-        windows: Sequence[tuple[Series, int, int]] = (),
+        windows: Sequence[tuple[Series, int, int] | Asked] = (),
     ) -> PutResult:
         """Store open interest or long/short ratios (``table``: "open_interest", "long_short") with the asked ranges.
 
         ``windows``: (``Series(category, symbol, interval, table)``, since_ms, until_ms), as for funding; a range
-        with fewer points than its grid is recorded as a gap. Raises ValueError for another table.
+        with fewer points than its grid is recorded as a gap. A whole record (``Asked``) is taken as it is. Raises
+        ValueError for another table.
         """
         return self._put_ranges(frame, _points(table), windows, source, now_ms)
 
@@ -145,7 +146,7 @@ class Store:
         self,
         frame: pl.DataFrame,
         table: Table,
-        windows: Sequence[tuple[Series, int, int]],
+        windows: Sequence[tuple[Series, int, int] | Asked],
         source: str,
         now_ms: int,
     ) -> PutResult:

@@ -234,12 +234,12 @@ def replay() -> Iterator[Callable[[pl.DataFrame], SandboxServer]]:
 Serve = Callable[[pl.DataFrame], SandboxServer]
 
 
-def test_a_gap_is_asked_twice_recorded_with_its_reason_and_not_asked_again(
+def test_a_gap_is_asked_again_and_for_maintenance_recorded_with_its_reason_and_then_left_alone(
     replay: Serve, tmp_path: Path
 ) -> None:
     server, store = replay(recorded({1500, 1501, 1502})), Store(tmp_path)
     summary = fetch(store, server.base_url, since_ms=START)
-    assert (summary.windows, summary.requests, summary.gaps, summary.missing) == (3, 4, 1, 3)
+    assert (summary.windows, summary.requests, summary.gaps, summary.missing) == (3, 5, 1, 3)
     assert store.candles("linear", ["BTCUSDT"], "1h").height == 2997
     with store.read() as con:
         found = con.execute(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recur.connectors.ratelimit import TokenBucket
+from recur.connectors.ratelimit import RateLimiter
 from recur.connectors.windows import Window, missing_ranges, plan_windows, verify
 from recur.vocabulary import HOUR_MS, Series, VenueError, parse_time
 
@@ -154,14 +154,14 @@ class Clock:
 
 def test_the_bucket_gives_a_burst_and_then_the_rate() -> None:
     clock = Clock()
-    bucket = TokenBucket(10.0, burst=3, clock=clock, sleep=clock.sleep)
+    bucket = RateLimiter(10.0, burst=3, clock=clock, sleep=clock.sleep)
     waits = [round(bucket.take(), 6) for _ in range(6)]
     assert waits == [0.0, 0.0, 0.0, 0.1, 0.1, 0.1]
 
 
 def test_the_default_bucket_stays_below_600_requests_in_any_5_seconds() -> None:
     clock = Clock()
-    bucket = TokenBucket(clock=clock, sleep=clock.sleep)
+    bucket = RateLimiter(clock=clock, sleep=clock.sleep)
     sent = []
     for _ in range(2000):
         bucket.take()
@@ -171,14 +171,14 @@ def test_the_default_bucket_stays_below_600_requests_in_any_5_seconds() -> None:
 
 def test_a_pause_holds_everyone_back_and_gives_no_burst_afterwards() -> None:
     clock = Clock()
-    bucket = TokenBucket(10.0, burst=3, clock=clock, sleep=clock.sleep)
+    bucket = RateLimiter(10.0, burst=3, clock=clock, sleep=clock.sleep)
     bucket.pause(2.0)
     assert round(bucket.take(), 6) == 2.1
     assert round(bucket.take(), 6) == 0.1
 
 
 def test_slowing_down_halves_the_rate_to_a_floor() -> None:
-    bucket = TokenBucket(3.0, burst=1)
+    bucket = RateLimiter(3.0, burst=1)
     bucket.slow_down()
     assert bucket.rate_per_s == 1.5
     bucket.slow_down()
