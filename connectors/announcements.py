@@ -8,10 +8,9 @@ only thing that stays when an item is edited.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-PAGE_ROWS = 20
 MAX_PAGES = 500
 _KEY = re.compile(r"blt[0-9a-f]{8,}")
 Row = Mapping[str, Any]
@@ -24,7 +23,7 @@ def key_of(row: Row) -> str:
     return found.group(0) if found else url or str(row.get("title"))
 
 
-def read_pages(ask: Callable[[int], list[Row]], is_known: Callable[[Row], bool]) -> list[Row]:
+def read_pages(ask: Callable[[int], Sequence[Row]], is_known: Callable[[Row], bool]) -> list[Row]:
     """Rows of page 1, 2, … until a page is empty or holds only known rows; the last reading of a row counts.
 
     ``ask`` gives the rows of a page (from 1). Page 1 is asked once more at the end when there was more than one:

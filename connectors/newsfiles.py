@@ -35,20 +35,19 @@ def read_news(path: str | Path) -> pl.DataFrame:
         )
     body = next((name for name in ("body", "description") if name in columns), None)
 
-    def optional(name: str | None) -> pl.Expr:
-        present = name is not None and name in columns
-        return (pl.col(name).cast(pl.String) if present else pl.lit(None, dtype=pl.String)).alias(
-            name or "body"
-        )
+    def optional(name: str | None, alias: str) -> pl.Expr:
+        if name is None or name not in columns:
+            return pl.lit(None, dtype=pl.String).alias(alias)
+        return pl.col(name).cast(pl.String).alias(alias)
 
     frame = raw.with_row_index(_ROW, offset=1).select(
         pl.col(_ROW).cast(pl.Int64),
         times(raw, "published_at", path).alias("published_at"),
-        optional(title).alias("title"),
-        optional(body).alias("body"),
-        optional("url"),
-        optional("source").fill_null(path.stem),
-        optional("published_precision"),
+        optional(title, "title"),
+        optional(body, "body"),
+        optional("url", "url"),
+        optional("source", "source").fill_null(path.stem),
+        optional("published_precision", "published_precision"),
     )
     empty = pl.col("title").str.strip_chars().fill_null("") == ""
     if body is not None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from recur.connectors.announcements import Row, as_items, key_of, read_pages
+from recur.connectors.announcements import as_items, key_of, read_pages
 from recur.connectors.bybit import BybitConnector
 from recur.connectors.feeds import download, in_languages, news_frame, read_feed
 from recur.connectors.newsfiles import read_news
@@ -40,9 +41,8 @@ def put_items(
     if kept.is_empty():
         return {**result, "new": 0, "changed": 0, "same": 0, "repeats": 0}
     kept = kept.unique("news_id", keep="last", maintain_order=True)
-    first, last = (
-        int(t.timestamp() * 1000) for t in (kept["published_at"].min(), kept["published_at"].max())
-    )  # type: ignore[union-attr]
+    published = kept["published_at"].dt.epoch("ms").to_list()
+    first, last = min(published), max(published)
     known = (
         store.news(since_ms=first - WITHIN_MS, until_ms=last + 1)
         if store.path.exists()
@@ -92,9 +92,6 @@ def fetch_announcements(store: Store, connector: BybitConnector, locale: str, no
             key_of({"url": url, "title": title}) for url, title in items.select("url", "title").iter_rows()
         }
 
-    def ask(page: int) -> list[Row]:
-        return connector.announcements_page(locale, page)
-
-    rows = read_pages(ask, lambda row: key_of(row) in known)
+    rows = read_pages(partial(connector.announcements_page, locale), lambda row: key_of(row) in known)
     frame = news_frame(as_items(rows, now_ms))
     return put_items(store, frame, source="bybit announcements", now_ms=now_ms, languages=(locale[:2],))
