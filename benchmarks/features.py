@@ -14,7 +14,7 @@ import pandas as pd
 import polars as pl
 from common import START_MS, Results, bars, goal, interleaved, main, show
 
-from recur.pipeline.dataset import RawSeries, fit_transform, leads, raw_series
+from recur.pipeline.dataset import RawSeries, fit_transform, raw_features, raw_series
 from recur.pipeline.features import BASE_DECAY, VARIANCE_FLOOR, FeatureTransform, week_positions
 from recur.vocabulary import INTERVALS, WEEK_MS
 
@@ -133,9 +133,7 @@ def with_pandas(frames: Sequence[pd.DataFrame], lead: int, transform: FeatureTra
 
 
 def with_recur(series: Sequence[RawSeries], transform: FeatureTransform) -> list[pl.DataFrame]:
-    """As ``recur.pipeline.dataset.arrays`` computes them."""
-    lead = {group: transform.lead(frame) for group, frame in leads(series).items()}
-    return [transform.raw(s.frame, lead.get(s.group)) for s in series]
+    return [raw for _, raw in raw_features(series, transform)]
 
 
 def market(symbols: int, n: int, interval: str) -> tuple[list[RawSeries], FeatureTransform]:

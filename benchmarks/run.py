@@ -8,11 +8,12 @@ from pathlib import Path
 
 import features
 import startup
+import store
 import training
 from common import Results
 
 if __name__ == "__main__":
     results: Results = {}
-    for part in (startup, features, training):
+    for part in (startup, store, features, training):
         results |= part.measure("--quick" in sys.argv)
     Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=2) + "\n")

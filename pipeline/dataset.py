@@ -8,7 +8,7 @@ A row at index t is known at ``close_ms[t]``. ``target[t, i]`` is the log return
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,8 @@ from recur.pipeline.features import FeatureTransform
 from recur.vocabulary import INTERVALS, DataMissing, Series, from_ms, grid, iso, next_open
 
 Floats = NDArray[np.float64]
+_TOGETHER = 4
+"""Series whose features are computed at once: enough for the cores, few enough for the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +136,22 @@ def raw_series(
     return out
 
 
-def leads(series: Sequence[RawSeries]) -> dict[str, pl.DataFrame]:
-    """BTC's frame of each group, where the group has one (linear USDT first)."""
-    found: dict[str, pl.DataFrame] = {}
+def raw_features(
+    series: Sequence[RawSeries], transform: FeatureTransform
+) -> Iterator[tuple[RawSeries, pl.DataFrame]]:
+    """Raw features of each series, with the state of BTC of its own group beside it (linear USDT first)."""
+    chosen: dict[str, RawSeries] = {}
     for s in series:
-        if s.symbol.startswith("BTC") and (s.group not in found or s.symbol == "BTCUSDT"):
-            found[s.group] = s.frame
-    return found
+        if s.symbol.startswith("BTC") and (s.group not in chosen or s.symbol == "BTCUSDT"):
+            chosen[s.group] = s
+    ready = {s.unique_id: transform.prepare([s.frame])[0] for s in chosen.values()}
+    lead = {group: transform.lead(ready[s.unique_id]) for group, s in chosen.items()}
+    for at in range(0, len(series), _TOGETHER):
+        part = series[at : at + _TOGETHER]
+        new = [s for s in part if s.unique_id not in ready]
+        made = dict(zip((s.unique_id for s in new), transform.prepare([s.frame for s in new]), strict=True))
+        prepared = [made[s.unique_id] if s.unique_id in made else ready[s.unique_id] for s in part]
+        yield from zip(part, transform.raw(prepared, [lead.get(s.group) for s in part]), strict=True)
 
 
 def fit_transform(
@@ -164,15 +175,13 @@ def fit_transform(
         )
     transform = FeatureTransform(interval=interval, horizons=horizons, has_fine=has_fine)
     transform.fit_season([s.frame for s in past])
-    lead = {group: transform.lead(frame) for group, frame in leads(past).items()}
-    transform.fit_scaler([transform.raw(s.frame, lead.get(s.group)) for s in past])
+    transform.fit_scaler([raw for _, raw in raw_features(past, transform)])
     return transform
 
 
 def arrays(series: Sequence[RawSeries], transform: FeatureTransform) -> list[SeriesArrays]:
     """Model-ready arrays of every series."""
-    lead = {group: transform.lead(frame) for group, frame in leads(series).items()}
-    return [_one(s, transform.raw(s.frame, lead.get(s.group)), transform) for s in series]
+    return [_one(s, raw, transform) for s, raw in raw_features(series, transform)]
 
 
 def _one(series: RawSeries, raw: pl.DataFrame, transform: FeatureTransform) -> SeriesArrays:

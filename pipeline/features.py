@@ -68,6 +68,15 @@ def week_positions(interval: str) -> int:
     return WEEK_MS // step if 0 < step < WEEK_MS else 1
 
 
+def _by_week(values: NDArray[np.float64]) -> pl.Expr:
+    """The value that belongs to the bar's position in the week."""
+    return pl.lit(pl.Series(values)).gather(pl.col("at"))
+
+
+def _circle(turns: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return np.sin(2 * np.pi * turns), np.cos(2 * np.pi * turns)
+
+
 def _position(interval: str) -> pl.Expr:
     """Index of the bar within its week, Monday 00:00 UTC = 0."""
     n = week_positions(interval)
@@ -77,11 +86,12 @@ def _position(interval: str) -> pl.Expr:
     return ((ms - _MONDAY_MS) % WEEK_MS) // INTERVALS[interval]
 
 
-def bar_columns(has_fine: bool) -> list[pl.Expr]:
+def bar_columns(interval: str, has_fine: bool) -> list[pl.Expr]:
     """First layer: what one bar tells by itself (log return, range variances), null where the bar is missing."""
     o, h, low, c = (pl.col(k) for k in ("open", "high", "low", "close"))
     hl2 = (h / low).log().pow(2)
     columns = [
+        _position(interval).alias("at"),
         c.log().diff().alias("r"),
         (hl2 / (4 * np.log(2))).alias("parkinson"),
         (0.5 * hl2 - (2 * np.log(2) - 1) * (c / o).log().pow(2)).clip(0).alias("gk"),
@@ -94,14 +104,16 @@ def bar_columns(has_fine: bool) -> list[pl.Expr]:
     return columns
 
 
-def season_columns(interval: str, season: NDArray[np.float64], horizons: Sequence[int]) -> list[pl.Expr]:
-    """Season of this bar (``s_now``) and the season summed over the next h bars (``s_h``), by position in the week."""
-    at = _position(interval)
-    columns = [pl.lit(pl.Series(season)).gather(at).alias("s_now")]
-    for h in horizons:
-        ahead = sum(np.roll(season, -k) for k in range(1, h + 1))
-        columns.append(pl.lit(pl.Series(np.asarray(ahead, dtype=np.float64))).gather(at).alias(f"s_{h}"))
-    return columns
+def season_ahead(season: NDArray[np.float64], h: int) -> NDArray[np.float64]:
+    """Season summed over the next ``h`` bars, by position in the week."""
+    ahead: NDArray[np.float64] = np.sum([np.roll(season, -k) for k in range(1, h + 1)], axis=0)
+    return ahead
+
+
+def season_columns(season: NDArray[np.float64], horizons: Sequence[int]) -> list[pl.Expr]:
+    """Season of this bar (``s_now``) and the season summed over the next h bars (``s_h``)."""
+    ahead = [_by_week(season_ahead(season, h)).alias(f"s_{h}") for h in horizons]
+    return [_by_week(season).alias("s_now"), *ahead]
 
 
 def base_column() -> pl.Expr:
@@ -122,13 +134,14 @@ def shared_columns() -> list[pl.Expr]:
         base.log().alias("log_base"),
         base.sqrt().alias("root_base"),
         (r.abs() / pl.col("lt")).alias("impact"),
-        pl.col("open_time").dt.epoch("ms").alias("ms"),
     ]
 
 
-def catalogue(interval: str, horizons: Sequence[int], has_fine: bool) -> list[Feature]:
+def catalogue(
+    interval: str, horizons: Sequence[int], season: NDArray[np.float64], has_fine: bool
+) -> list[Feature]:
     """All features, in the order in which the model sees them."""
-    r, ms, slow = pl.col("r"), pl.col("ms"), ewm_lookback(BASE_DECAY)
+    r, slow = pl.col("r"), ewm_lookback(BASE_DECAY)
     out = [
         Feature("observed", pl.col("observed").cast(pl.Float64), 1),
         Feature("ret_1", pl.col("z"), slow + 2),
@@ -180,17 +193,9 @@ def catalogue(interval: str, horizons: Sequence[int], has_fine: bool) -> list[Fe
         Feature("trend_24", _ewm(pl.col("z"), 1 - 1 / 24), slow + ewm_lookback(1 - 1 / 24)),
         Feature("trend_168", _ewm(pl.col("z"), 1 - 1 / 168), slow + ewm_lookback(1 - 1 / 168)),
     ]
-    for name, period in (("hour", 86_400_000), ("week", WEEK_MS)):
-        angle = (ms - _MONDAY_MS) % period / period * (2 * np.pi)
-        out += [Feature(f"{name}_sin", angle.sin(), 1), Feature(f"{name}_cos", angle.cos(), 1)]
-    month = (pl.col("open_time").dt.ordinal_day() - 1) / 366 * (2 * np.pi)
-    out += [
-        Feature("month_sin", month.sin(), 1),
-        Feature("month_cos", month.cos(), 1),
-        Feature("weekend", (pl.col("open_time").dt.weekday() >= 6).cast(pl.Float64), 1),
-        Feature("season_now", pl.col("s_now").log(), 1),
-    ]
-    out += [Feature(f"season_{h}", (pl.col(f"s_{h}") / h).log(), 1) for h in horizons]
+    out += calendar(interval)
+    out.append(Feature("season_now", _by_week(np.log(season)), 1))
+    out += [Feature(f"season_{h}", _by_week(np.log(season_ahead(season, h) / h)), 1) for h in horizons]
     out += [
         Feature("funding", (pl.col("funding") * 1e4).clip(-50, 50), 1),
         Feature(
@@ -212,6 +217,21 @@ def catalogue(interval: str, horizons: Sequence[int], has_fine: bool) -> list[Fe
     return out
 
 
+def calendar(interval: str) -> list[Feature]:
+    """Hour of the day, day of the week, weekend and time of the year, looked up by position."""
+    n = week_positions(interval)
+    week = np.arange(n) / n
+    out = []
+    for name, turns in (("hour", week * 7 % 1), ("week", week)):
+        sine, cosine = _circle(turns)
+        out += [Feature(f"{name}_sin", _by_week(sine), 1), Feature(f"{name}_cos", _by_week(cosine), 1)]
+    day = pl.col("open_time").dt.ordinal_day() - 1
+    for name, values in zip(("month_sin", "month_cos"), _circle(np.arange(366) / 366), strict=True):
+        out.append(Feature(name, pl.lit(pl.Series(values)).gather(day), 1))
+    out.append(Feature("weekend", _by_week((week >= 5 / 7).astype(np.float64)), 1))
+    return out
+
+
 def _place(bars: int) -> pl.Expr:
     # The kernels for columns without nulls are several times faster: an absent bar is no high and no low.
     top = pl.col("high").fill_null(float("-inf")).rolling_max(bars, min_samples=1)
@@ -222,16 +242,17 @@ def _place(bars: int) -> pl.Expr:
 BTC_COLUMNS = ("btc_z", "btc_log_base", "btc_gk_1", "btc_gk_24")
 
 
-def _lead(frame: pl.LazyFrame) -> pl.LazyFrame:
-    """BTC's own state, to be joined to the other series of the same source by open time."""
-    flat = pl.col("flat_gk")
-    return frame.select(
-        "open_time",
-        pl.col("z").alias("btc_z"),
-        pl.col("log_base").alias("btc_log_base"),
-        _log_ratio(flat).alias("btc_gk_1"),
-        _log_ratio(_mean(flat, 24)).alias("btc_gk_24"),
-    )
+def _beside(own: pl.DataFrame, lead: pl.DataFrame | None) -> pl.DataFrame:
+    """BTC's columns, row by row beside ``own``. Both lie on the full grid of one interval: one offset aligns them."""
+    none = pl.DataFrame(schema=dict.fromkeys(BTC_COLUMNS, pl.Float64)).clear(own.height)
+    if lead is None:
+        return none
+    before = int(own["open_time"].search_sorted(lead["open_time"][0]))
+    part = lead.slice(int(lead["open_time"].search_sorted(own["open_time"][0])), own.height - before)
+    if part.height == own.height:
+        return part.select(BTC_COLUMNS)
+    after = own.height - before - part.height
+    return pl.concat([none.head(before), part.select(BTC_COLUMNS), none.head(after)])
 
 
 @dataclass(slots=True)
@@ -250,7 +271,7 @@ class FeatureTransform:
 
     @property
     def features(self) -> list[Feature]:
-        return catalogue(self.interval, self.horizons, self.has_fine)
+        return catalogue(self.interval, self.horizons, self.season, self.has_fine)
 
     @property
     def names(self) -> list[str]:
@@ -272,9 +293,9 @@ class FeatureTransform:
             level = _mean(pl.col("gk"), n)
             ratio = (
                 frame.lazy()
-                .with_columns(bar_columns(False))
+                .with_columns(bar_columns(self.interval, False))
                 .select(
-                    _position(self.interval).alias("at"),
+                    "at",
                     (pl.col("gk") / level).fill_nan(None).clip(0, 20).alias("ratio"),
                 )
             )
@@ -287,8 +308,7 @@ class FeatureTransform:
 
     def fit_scaler(self, raw: Sequence[pl.DataFrame]) -> None:
         """Mean and standard deviation of each feature over the rows given (the training span)."""
-        names = self.names
-        stacked = np.concatenate([frame.select(names).to_numpy() for frame in raw])
+        stacked = np.concatenate([frame.select("^[^_].*$").to_numpy() for frame in raw])
         stacked = np.where(np.isfinite(stacked), stacked, np.nan)
         seen = np.isfinite(stacked).sum(axis=0)
         total = np.nansum(stacked, axis=0)
@@ -296,47 +316,54 @@ class FeatureTransform:
         self.std = np.sqrt(np.nansum((stacked - self.mean) ** 2, axis=0) / np.maximum(seen, 1))
         self.std = np.where(self.std < 1e-8, 1.0, self.std)
 
-    def lead(self, frame: pl.DataFrame) -> pl.DataFrame:
-        """BTC's state from its regular frame, to be given to ``raw`` of every series of the same source."""
-        return _lead(self._prepared(frame)).collect(optimizations=_AS_WRITTEN)
-
-    def raw(self, frame: pl.DataFrame, lead: pl.DataFrame | None) -> pl.DataFrame:
-        """Raw features of one series. ``frame``: regular candle frame; ``lead``: what :meth:`lead` gave, if any.
-
-        Absent values are null or NaN. Columns with a leading underscore are the helpers that scales and targets are made of.
-        """
-        own = self._prepared(frame)
-        if lead is None:
-            own = own.with_columns(*(pl.lit(None, dtype=pl.Float64).alias(c) for c in BTC_COLUMNS))
-        else:
-            own = own.join(lead.lazy(), on="open_time", how="left", maintain_order="left")
-        out = [f.expr.alias(f.name) for f in self.features]
-        keep = [
-            "open_time",
-            "close",
-            "observed",
-            "r",
-            "gk",
-            "s_now",
-            "base",
-            *(f"s_{h}" for h in self.horizons),
-        ]
-        # A feature may bear the name of a column (``observed``), hence the underscore.
-        helper = [pl.col(c).alias(f"_{c}") for c in keep]
-        return own.select(*helper, *out).collect(optimizations=_AS_WRITTEN)
-
-    def _prepared(self, frame: pl.DataFrame) -> pl.LazyFrame:
-        return (
+    def prepare(self, frames: Sequence[pl.DataFrame]) -> list[pl.DataFrame]:
+        """What features are made of, beside the columns of the regular candle frame of each series."""
+        plans = [
             frame.lazy()
-            .with_columns(bar_columns(self.has_fine))
-            .with_columns(season_columns(self.interval, self.season, self.horizons))
+            .with_columns(bar_columns(self.interval, self.has_fine))
+            .with_columns(season_columns(self.season, self.horizons))
             .with_columns(base_column())
             .with_columns(shared_columns())
+            for frame in frames
+        ]
+        return pl.collect_all(plans, optimizations=_AS_WRITTEN)
+
+    def lead(self, prepared: pl.DataFrame) -> pl.DataFrame:
+        """BTC's own state, to be given to :meth:`raw` of every series of the same source."""
+        flat = pl.col("flat_gk")
+        return (
+            prepared.lazy()
+            .select(
+                "open_time",
+                pl.col("z").alias("btc_z"),
+                pl.col("log_base").alias("btc_log_base"),
+                _log_ratio(flat).alias("btc_gk_1"),
+                _log_ratio(_mean(flat, 24)).alias("btc_gk_24"),
+            )
+            .collect(optimizations=_AS_WRITTEN)
         )
+
+    def raw(
+        self, prepared: Sequence[pl.DataFrame], leads: Sequence[pl.DataFrame | None]
+    ) -> list[pl.DataFrame]:
+        """Raw features of each series, from what :meth:`prepare` and, for its BTC, :meth:`lead` gave.
+
+        Absent values are null or NaN. Columns with a leading underscore are the helpers that scales and targets
+        are made of.
+        """
+        keep = ["open_time", "close", "observed", "r", "gk", "s_now", "base"]
+        keep += [f"s_{h}" for h in self.horizons]
+        # A feature may bear the name of a column (``observed``), hence the underscore.
+        out = [pl.col(c).alias(f"_{c}") for c in keep] + [f.expr.alias(f.name) for f in self.features]
+        plans = [
+            own.hstack(_beside(own, lead)).lazy().select(out)
+            for own, lead in zip(prepared, leads, strict=True)
+        ]
+        return pl.collect_all(plans, optimizations=_AS_WRITTEN)
 
     def standardise(self, raw: pl.DataFrame) -> NDArray[np.float32]:
         """(rows, features) float32; absent values become 0, the mean, and ``observed`` says so."""
-        x = (raw.select(self.names).to_numpy() - self.mean) / self.std
+        x = (raw.select("^[^_].*$").to_numpy() - self.mean) / self.std
         return np.clip(np.nan_to_num(x, nan=0.0, posinf=CLIP, neginf=-CLIP), -CLIP, CLIP).astype(np.float32)
 
     def as_dict(self) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from recur.pipeline import figures
+from recur.pipeline import figures, pieces
 from recur.pipeline.metrics import LEVELS
 from recur.storage.runs import RunFolder
 
@@ -28,8 +27,6 @@ MAX_BYTES = 1_500_000
 FAN_CUTOFFS = 72
 _FAN_SERIES = (12, 4, 0)
 _WORDS = {"none": "no skill", "weak": "weak skill", "strong": "strong skill"}
-_MAX_TEXT = 60_000
-_MAX_ROWS = 400
 Json = dict[str, Any]
 
 
@@ -73,7 +70,7 @@ def _page(folder: RunFolder, manifest: Json, metrics: Json, n_series: int) -> st
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{escape(folder.run_id)}</title><style>{_CSS}</style></head><body><main><header>"
+        f"<title>{escape(folder.run_id)}</title><style>{pieces.CSS}</style></head><body><main><header>"
         f'<p class="kind">{kind} report</p><h1>{escape(str(model)) or "unnamed model"}</h1>'
         f'<p class="run">{escape(str(metrics.get("run_id") or folder.run_id))}</p></header>{banner}'
         f"<nav>{links}</nav>{body}<footer><p>Made by recur. All times are UTC. Annualised numbers use 365 days. "
@@ -110,17 +107,25 @@ def _verdict(metrics: Json) -> str:
         name, best = _strongest(part)
         if name:
             what = f"CRPS skill {_interval(best)}, {_ahead(h, metrics)}, against {name}, the strongest baseline there"
-            tiles.append((_signed(best.get("crps_skill")), what))
+            tiles.append((pieces.signed(best.get("crps_skill")), what))
     for h, part in _horizons(metrics)[:1]:
         tiles.append(
-            (_percent(part.get("coverage_90")), f"of outcomes inside the 90 % band, {_ahead(h, metrics)}")
+            (
+                pieces.percent(part.get("coverage_90")),
+                f"of outcomes inside the 90 % band, {_ahead(h, metrics)}",
+            )
         )
     trading = _dict(metrics.get("trading"))
-    if _value(trading.get("net_sharpe")) is not None:
-        hold = _num(trading.get("buy_hold_sharpe"), ".2f")
-        tiles.append((_num(trading["net_sharpe"], ".2f"), f"Sharpe ratio after costs (buy and hold: {hold})"))
+    if pieces.as_float(trading.get("net_sharpe")) is not None:
+        hold = pieces.number(trading.get("buy_hold_sharpe"), ".2f")
+        tiles.append(
+            (pieces.number(trading["net_sharpe"], ".2f"), f"Sharpe ratio after costs (buy and hold: {hold})")
+        )
     tiles.append(
-        (_num(metrics.get("n_forecasts"), ",.0f"), f"forecasts of {len(_list(metrics.get('series')))} series")
+        (
+            pieces.number(metrics.get("n_forecasts"), ",.0f"),
+            f"forecasts of {len(_list(metrics.get('series')))} series",
+        )
     )
     return (
         f'<p class="verdict {colour}"><span>{escape(_WORDS.get(word, word)) or "no verdict"}</span> {escape(text)}</p>'
@@ -134,22 +139,25 @@ def _skill(metrics: Json) -> str:
     for h, part in _horizons(metrics):
         for name, base in _dict(part.get("baselines")).items():
             base = _dict(base)
-            skill = _value(base.get("crps_skill"))
-            low, high = _value(base.get("crps_skill_low")), _value(base.get("crps_skill_high"))
+            skill = pieces.as_float(base.get("crps_skill"))
+            low, high = (
+                pieces.as_float(base.get("crps_skill_low")),
+                pieces.as_float(base.get("crps_skill_high")),
+            )
             lines.append(
-                [_ahead(h, metrics), name, _num(base.get("crps"), ".3e"), _signed(skill), _interval(base) or "–",
-                 _num(base.get("qlike_diff"), "+.4f"), _num(base.get("dm_stat"), ".2f"), _p(base.get("dm_p"))]
+                [_ahead(h, metrics), name, pieces.number(base.get("crps"), ".3e"), pieces.signed(skill), _interval(base) or "–",
+                 pieces.number(base.get("qlike_diff"), "+.4f"), pieces.number(base.get("dm_stat"), ".2f"), pieces.p_value(base.get("dm_p"))]
             )  # fmt: skip
             if skill is not None:
-                best = _value(_dict(oracle.get(h)).get("crps_skill")) if name == "ewma" else None
+                best = pieces.as_float(_dict(oracle.get(h)).get("crps_skill")) if name == "ewma" else None
                 rows.append(figures.Interval(_ahead(h, metrics), name, skill, low, high, best))
         summary.append(
-            [_ahead(h, metrics), _num(part.get("n"), ",.0f"), _num(part.get("crps"), ".3e"),
-             _num(part.get("qlike"), ".3f"), _num(part.get("ic"), "+.3f"), _num(part.get("rank_ic"), "+.3f"),
-             _num(part.get("auc"), ".3f")]
+            [_ahead(h, metrics), pieces.number(part.get("n"), ",.0f"), pieces.number(part.get("crps"), ".3e"),
+             pieces.number(part.get("qlike"), ".3f"), pieces.number(part.get("ic"), "+.3f"), pieces.number(part.get("rank_ic"), "+.3f"),
+             pieces.number(part.get("auc"), ".3f")]
         )  # fmt: skip
     if not lines and not summary:
-        return _absent("metrics.json holds no scores by horizon.")
+        return pieces.absent("metrics.json holds no scores by horizon.")
     out = ""
     if rows:
         note = (
@@ -159,11 +167,11 @@ def _skill(metrics: Json) -> str:
         )
         if any(row.attainable is not None for row in rows):
             note += " Diamonds: the skill that the simulated market's own law reaches against ewma."
-        out += _figure(figures.forest(rows), note)
+        out += pieces.figure(figures.forest(rows), note)
     else:
-        out += _absent("No baseline was scored in this run, so no skill can be stated.")
+        out += pieces.absent("No baseline was scored in this run, so no skill can be stated.")
     if lines:
-        out += _table(
+        out += pieces.table(
             ["Horizon", "Baseline", "its CRPS", "Skill", "95 % interval", "QLIKE diff.", "DM stat.", "DM p"], lines,
             "CRPS in log-return units, computed from 19 quantiles as twice the mean pinball loss. QLIKE difference "
             "(volatility forecast) in nats, ours minus theirs: negative favours the model. Diebold–Mariano on CRPS "
@@ -171,7 +179,7 @@ def _skill(metrics: Json) -> str:
             "With many baselines and horizons some small p arise by chance alone; p is not corrected for that.",
             left=2,
         )  # fmt: skip
-    out += _table(
+    out += pieces.table(
         ["Horizon", "Forecasts", "CRPS", "QLIKE", "IC", "Rank IC", "AUC"], summary,
         "The model itself. IC: correlation of mean forecast and realised return; AUC: of the direction (0.5: a coin). "
         "A dash means that the number does not exist, as for a model that forecasts no direction.",
@@ -185,14 +193,14 @@ def _by_series(metrics: Json) -> str:
         for scores in _dict(part.get("by_series")).values():
             names += [name for name in _dict(scores) if name not in names]
     rows = [
-        [series, _ahead(h, metrics), *(_signed(_dict(scores).get(name)) for name in names)]
+        [series, _ahead(h, metrics), *(pieces.signed(_dict(scores).get(name)) for name in names)]
         for h, part in _horizons(metrics)
         for series, scores in _dict(part.get("by_series")).items()
     ]
     if not rows:
-        return _absent("Skill by series was not recorded.")
+        return pieces.absent("Skill by series was not recorded.")
     note = "CRPS skill of each series by itself. One series is less evidence than all of them."
-    return f"<details><summary>Skill by series</summary>{_table(['Series', 'Horizon', *names], rows, note, 2)}</details>"
+    return f"<details><summary>Skill by series</summary>{pieces.table(['Series', 'Horizon', *names], rows, note, 2)}</details>"
 
 
 def _oracle(metrics: Json) -> str:
@@ -201,13 +209,13 @@ def _oracle(metrics: Json) -> str:
     rows = [
         [
             _ahead(h, metrics),
-            _signed(_dict(entries[h]).get("crps_skill")),
-            _percent(_dict(entries[h]).get("share")),
+            pieces.signed(_dict(entries[h]).get("crps_skill")),
+            pieces.percent(_dict(entries[h]).get("share")),
         ]
         for h in keys
     ]
     texts = dict.fromkeys(str(_dict(entries[h]).get("text") or "") for h in keys)
-    return "".join(f"<p>{escape(text)}</p>" for text in texts if text) + _table(
+    return "".join(f"<p>{escape(text)}</p>" for text in texts if text) + pieces.table(
         ["Horizon", "Attainable skill", "Share reached by the model"], rows,
         "The law of a simulated market is known, so the best possible forecast is too. Skill against ewma.",
     )  # fmt: skip
@@ -216,32 +224,32 @@ def _oracle(metrics: Json) -> str:
 def _calibration(metrics: Json) -> str:
     levels, pictures = _dict(metrics.get("pit_levels")), []
     for h in sorted(levels, key=_order):
-        shares = [_value(v) for v in _list(levels[h])]
+        shares = [pieces.as_float(v) for v in _list(levels[h])]
         if len(shares) == len(LEVELS) and None not in shares:
             pictures.append(
                 figures.calibration(LEVELS.tolist(), [v or 0.0 for v in shares], _ahead(h, metrics))
             )
     out = (
-        _figure(
+        pieces.figure(
             f'<div class="grid small">{"".join(pictures)}</div>',
             "Share of outcomes below each forecast quantile. On the dashed diagonal a forecast means what it says; a "
             "line that starts above it and ends below it comes from bands that are too narrow.",
         )
         if pictures
-        else _absent(
+        else pieces.absent(
             "The share of outcomes below each quantile was not recorded, so there is no calibration plot."
         )
     )
     rows = [
         [
             _ahead(h, metrics),
-            _percent(p.get("coverage_50")),
-            _percent(p.get("coverage_90")),
-            _num(p.get("pit_ks"), ".3f"),
+            pieces.percent(p.get("coverage_50")),
+            pieces.percent(p.get("coverage_90")),
+            pieces.number(p.get("pit_ks"), ".3f"),
         ]
         for h, p in _horizons(metrics)
     ]
-    return out + _table(
+    return out + pieces.table(
         ["Horizon", "in the 50 % band", "in the 90 % band", "PIT KS"], rows,
         "A calibrated forecast has 50 % and 90 % here. PIT KS: largest distance from the diagonal (0: none).",
     )  # fmt: skip
@@ -250,7 +258,7 @@ def _calibration(metrics: Json) -> str:
 def _over_time(folder: RunFolder, metrics: Json) -> str:
     frame, problem = _read(folder.path / "cum_difference.parquet", ["time", "horizon", "ewma"])
     if frame is None or not frame.height:
-        return _absent(problem or "cum_difference.parquet is empty.")
+        return pieces.absent(problem or "cum_difference.parquet is empty.")
     curves = {}
     for h in sorted(frame["horizon"].drop_nulls().unique().to_list(), key=lambda v: _order(str(v))):
         part = frame.filter(pl.col("horizon") == h).sort("time")
@@ -258,8 +266,8 @@ def _over_time(folder: RunFolder, metrics: Json) -> str:
         if np.isfinite(values).any():
             curves[_ahead(str(h), metrics)] = (_days(part["time"]), values)
     if not curves:
-        return _absent("The loss difference to ewma was recorded without a number in it.")
-    return _figure(
+        return pieces.absent("The loss difference to ewma was recorded without a number in it.")
+    return pieces.figure(
         figures.difference(curves),
         "Pinball loss of the model minus that of ewma, summed up over the test time. A steady fall is skill that "
         "lasts; a single drop is luck or one event; a rise is time in which ewma was better.",
@@ -284,7 +292,7 @@ _PREDICTION_COLUMNS = [
 def _fans(folder: RunFolder, metrics: Json, n_series: int) -> str:
     frame, problem = _read(folder.predictions, _PREDICTION_COLUMNS, metrics.get("model"))
     if frame is None or not frame.height:
-        return _absent(problem or "predictions.parquet is empty.")
+        return pieces.absent(problem or "predictions.parquet is empty.")
     newest = frame.filter(pl.col("cutoff").rank("dense", descending=True).over("unique_id") <= FAN_CUTOFFS)
     names = sorted(str(name) for name in newest["unique_id"].drop_nulls().unique())
     out = ""
@@ -292,7 +300,7 @@ def _fans(folder: RunFolder, metrics: Json, n_series: int) -> str:
         rows = newest.filter(pl.col("unique_id") == name).unique(["cutoff", "horizon"], keep="last")
         out += _one_series(name, rows.sort("cutoff", "horizon"), metrics)
     if len(names) > n_series:
-        out += _absent(f"Shown are {n_series} of {len(names)} series, to keep the page small.")
+        out += pieces.absent(f"Shown are {n_series} of {len(names)} series, to keep the page small.")
     return out
 
 
@@ -306,7 +314,7 @@ def _one_series(name: str, rows: pl.DataFrame, metrics: Json) -> str:
     band = figures.Band(
         name, _days(first["ds"]), _floats(first["q05"]), _floats(first["q95"]), _floats(first["actual"])
     )
-    left = _absent(f"{name}: the last cutoff has no price or no quantiles, so there is no fan.")
+    left = pieces.absent(f"{name}: the last cutoff has no price or no quantiles, so there is no fan.")
     if good.any() and np.isfinite(prices[-1]):
         left = figures.fan(
             figures.Fan(
@@ -316,7 +324,7 @@ def _one_series(name: str, rows: pl.DataFrame, metrics: Json) -> str:
         )  # fmt: skip
     right = figures.band(band, _ahead(str(first["horizon"][0]), metrics))
     known, outside = int(np.isfinite(band.actual).sum()), int(band.outside.sum())
-    return _figure(
+    return pieces.figure(
         f'<div class="grid">{left}{right}</div>',
         f"{name}. Left: price at the last {history.height} cutoffs, and the 50 % and 90 % bands from the last one "
         f"(straight between horizons). Right: 90 % band of the shortest horizon against what happened; {outside} of "
@@ -326,41 +334,41 @@ def _one_series(name: str, rows: pl.DataFrame, metrics: Json) -> str:
 
 def _trading(folder: RunFolder, metrics: Json) -> str:
     trading = _dict(metrics.get("trading"))
-    if not any(_value(v) is not None for v in trading.values()):
-        return _absent("No trading was simulated in this run.")
+    if not any(pieces.as_float(v) is not None for v in trading.values()):
+        return pieces.absent("No trading was simulated in this run.")
     frame, problem = _read(folder.path / "equity.parquet", ["time"])
     curves: dict[str, NDArray[np.float64]] = {}
     if frame is not None:
         for key in ("net", "gross", "buy_hold"):
             if key in frame.columns and np.isfinite(values := _floats(frame[key])).any():
                 curves[key] = values
-    out = _absent(problem or "equity.parquet holds no numbers, so there is no equity curve.")
+    out = pieces.absent(problem or "equity.parquet holds no numbers, so there is no equity curve.")
     if frame is not None and curves:
-        out = _figure(
+        out = pieces.figure(
             figures.equity(_days(frame["time"]), curves),
             "Simulated, on past prices: no order was ever sent. Market impact and failed orders are not part of it.",
         )
     h = trading.get("trade_horizon")
-    out += _table(
+    out += pieces.table(
         ["Result", "Value"],
         [["Horizon that is traded", _ahead(str(h), metrics) if h is not None else "–"],
-         ["Sharpe ratio before costs", _num(trading.get("gross_sharpe"), ".2f")],
-         ["Sharpe ratio after costs", _num(trading.get("net_sharpe"), ".2f")],
-         ["Sharpe ratio of buy and hold", _num(trading.get("buy_hold_sharpe"), ".2f")],
-         ["Deflated Sharpe ratio", _num(trading.get("deflated_sharpe"), ".3f")],
-         ["Trials counted in deflating", _num(trading.get("n_trials"), ",.0f")],
-         ["Net return", _percent(trading.get("net_return"))],
-         ["Maximum drawdown", _percent(trading.get("max_drawdown"))]],
-        f"Sharpe ratios are annualised with 365 days ({_num(trading.get('bars_per_year'), ',.0f')} bars a year). The "
+         ["Sharpe ratio before costs", pieces.number(trading.get("gross_sharpe"), ".2f")],
+         ["Sharpe ratio after costs", pieces.number(trading.get("net_sharpe"), ".2f")],
+         ["Sharpe ratio of buy and hold", pieces.number(trading.get("buy_hold_sharpe"), ".2f")],
+         ["Deflated Sharpe ratio", pieces.number(trading.get("deflated_sharpe"), ".3f")],
+         ["Trials counted in deflating", pieces.number(trading.get("n_trials"), ",.0f")],
+         ["Net return", pieces.percent(trading.get("net_return"))],
+         ["Maximum drawdown", pieces.percent(trading.get("max_drawdown"))]],
+        f"Sharpe ratios are annualised with 365 days ({pieces.number(trading.get('bars_per_year'), ',.0f')} bars a year). The "
         "deflated ratio is the probability that the true one exceeds what so many trials find by luck.",
     )  # fmt: skip
-    return out + _table(
+    return out + pieces.table(
         ["Cost", "Amount"],
-        [["Fees", f"{_percent(trading.get('fees'), 2)} at {_num(trading.get('fee_bps'), 'g')} bps per traded value"],
-         ["Slippage", f"{_percent(trading.get('slippage'), 2)} at {_num(trading.get('slippage_bps'), 'g')} bps"],
-         ["Funding", _percent(trading.get("funding"), 2)],
-         ["Turnover per day", _num(trading.get("turnover"), ",.2f")],
-         ["Break-even cost", f"{_num(trading.get('break_even_bps'), '.2f')} bps per traded value"]],
+        [["Fees", f"{pieces.percent(trading.get('fees'), 2)} at {pieces.number(trading.get('fee_bps'), 'g')} bps per traded value"],
+         ["Slippage", f"{pieces.percent(trading.get('slippage'), 2)} at {pieces.number(trading.get('slippage_bps'), 'g')} bps"],
+         ["Funding", pieces.percent(trading.get("funding"), 2)],
+         ["Turnover per day", pieces.number(trading.get("turnover"), ",.2f")],
+         ["Break-even cost", f"{pieces.number(trading.get('break_even_bps'), '.2f')} bps per traded value"]],
         "Sums over the test time as a share of capital; a positive amount lowers the net return. Above the break-even "
         "cost the simulated trading loses money.",
     )  # fmt: skip
@@ -370,23 +378,27 @@ def _folds(metrics: Json) -> str:
     folds = [_flat(_dict(fold)) for fold in _list(metrics.get("folds"))]
     names = list(dict.fromkeys(name for fold in folds for name in fold))
     if not names:
-        return _absent("The bounds of the folds were not recorded.")
+        return pieces.absent("The bounds of the folds were not recorded.")
     rows = [[str(i + 1), *(fold.get(name, "–") for name in names)] for i, fold in enumerate(folds)]
     note = "Each fold is forecast out of sample, by a model whose training ends before the test begins. UTC."
-    return _table(["Fold", *(name.replace("_", " ") for name in names)], rows, note, left=len(names) + 1)
+    return pieces.table(
+        ["Fold", *(name.replace("_", " ") for name in names)], rows, note, left=len(names) + 1
+    )
 
 
 def _training(metrics: Json) -> list[tuple[str, str]]:
-    values = [math.nan if (v := _value(item)) is None else v for item in _list(metrics.get("val_pinball"))]
+    values = [
+        math.nan if (v := pieces.as_float(item)) is None else v for item in _list(metrics.get("val_pinball"))
+    ]
     if not metrics:
-        curve = _absent("This run has no metrics.json: nothing was measured, or it was cut short.")
+        curve = pieces.absent("This run has no metrics.json: nothing was measured, or it was cut short.")
     elif not any(math.isfinite(v) for v in values):
-        curve = _absent("No validation loss was recorded, so there is no training curve.")
+        curve = pieces.absent("No validation loss was recorded, so there is no training curve.")
     else:
         best = int(np.nanargmin(values))
         curve = (
             f"<p>{len(values)} epochs; the lowest validation loss is {values[best]:.5f}, after epoch {best + 1}.</p>"
-            + _figure(
+            + pieces.figure(
                 figures.training(values),
                 "Mean pinball loss on the validation time by epoch; the diamond marks the best epoch. It chose the "
                 "weights, so it is no proof of skill: only a backtest is.",
@@ -394,52 +406,22 @@ def _training(metrics: Json) -> list[tuple[str, str]]:
         )
     rest = {k: v for k, v in metrics.items() if k not in ("val_pinball", "run_id", "simulated", "oracle")}
     rows = [[name, text] for name, text in _flat(rest).items()]
-    return [("Training", curve + (_table(["Measure", "Value"], rows, "Of metrics.json.") if rows else ""))]
+    return [
+        ("Training", curve + (pieces.table(["Measure", "Value"], rows, "Of metrics.json.") if rows else ""))
+    ]
 
 
 def _origin(folder: RunFolder, manifest: Json) -> str:
     out = ""
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
     if folder.config.exists():
-        out += _collapsed("config.toml", folder.config.read_text(encoding="utf-8", errors="replace"))
+        out += pieces.collapsed("config.toml", folder.config.read_text(encoding="utf-8", errors="replace"))
     else:
-        out += _absent("This run has no config.toml.")
-    return out + _collapsed("manifest.json", text)
+        out += pieces.absent("This run has no config.toml.")
+    return out + pieces.collapsed("manifest.json", text)
 
 
 # ---------------------------------------------------------------- small pieces
-
-
-def _figure(inner: str, note: str) -> str:
-    return f'<figure><div class="scroll">{inner}</div><figcaption>{escape(note)}</figcaption></figure>'
-
-
-def _absent(text: str) -> str:
-    return f'<p class="absent">{escape(text)}</p>'
-
-
-def _collapsed(title: str, text: str) -> str:
-    if len(text) > _MAX_TEXT:
-        text = f"{text[:_MAX_TEXT]}\n… ({len(text) - _MAX_TEXT} more characters in the file itself)"
-    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], note: str, left: int = 1) -> str:
-    """A table whose first ``left`` columns are words and the others numbers; ``note`` stands below it."""
-
-    def line(cells: Iterable[str], tag: str) -> str:
-        marks = ("" if i < left else ' class="n"' for i in range(len(head)))
-        return "<tr>" + "".join(
-            f"<{tag}{m}>{escape(c)}</{tag}>" for c, m in zip(cells, marks, strict=False)
-        ) + "</tr>"  # fmt: skip
-
-    if len(rows) > _MAX_ROWS:
-        note += f" Shown are {_MAX_ROWS} of {len(rows)} rows; all are in metrics.json."
-    body = "".join(line(row, "td") for row in rows[:_MAX_ROWS])
-    return (
-        f'<div class="scroll"><table><thead>{line(head, "th")}</thead><tbody>{body}</tbody></table></div>'
-        f'<p class="note">{escape(note)}</p>'
-    )
 
 
 def _read(path: Path, columns: list[str], model: object = None) -> tuple[pl.DataFrame | None, str]:
@@ -488,36 +470,13 @@ def _flat(value: Json, before: str = "") -> dict[str, str]:
     return out
 
 
-def _value(value: object) -> float | None:
-    """A finite number, or None for everything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def _num(value: object, form: str) -> str:
-    number = _value(value)
-    return "–" if number is None else format(number, form).replace("-", "−")
-
-
-def _percent(value: object, digits: int = 1) -> str:
-    number = _value(value)
-    return "–" if number is None else _num(100 * number, f".{digits}f") + " %"
-
-
-def _signed(value: object) -> str:
-    number = _value(value)
-    return "–" if number is None else _num(100 * number, "+.2f") + " %"
-
-
 def _interval(base: Json) -> str:
-    low, high = _value(base.get("crps_skill_low")), _value(base.get("crps_skill_high"))
-    return "" if low is None or high is None else f"[{_num(100 * low, '+.2f')}, {_num(100 * high, '+.2f')}] %"
-
-
-def _p(value: object) -> str:
-    number = _value(value)
-    return "–" if number is None else "< 0.001" if number < 0.001 else f"{number:.3f}"
+    low, high = pieces.as_float(base.get("crps_skill_low")), pieces.as_float(base.get("crps_skill_high"))
+    return (
+        ""
+        if low is None or high is None
+        else f"[{pieces.number(100 * low, '+.2f')}, {pieces.number(100 * high, '+.2f')}] %"
+    )
 
 
 def _order(text: str) -> tuple[int, float, str]:
@@ -532,71 +491,19 @@ def _horizons(metrics: Json) -> list[tuple[str, Json]]:
 def _strongest(part: Json) -> tuple[str, Json]:
     """The baseline with the lowest CRPS: equally, the one that leaves the model the least skill."""
     known = {k: _dict(v) for k, v in _dict(part.get("baselines")).items()}
-    known = {k: v for k, v in known.items() if _value(v.get("crps_skill")) is not None}
+    known = {k: v for k, v in known.items() if pieces.as_float(v.get("crps_skill")) is not None}
     if not known:
         return "", {}
-    name = min(known, key=lambda k: _value(known[k]["crps_skill"]) or 0.0)
+    name = min(known, key=lambda k: pieces.as_float(known[k]["crps_skill"]) or 0.0)
     return name, known[name]
 
 
 def _ahead(horizon: str, metrics: Json) -> str:
     """``6 bars (6 h)``: the time is given when the number of bars in a year is known."""
     words = f"{horizon} bar{'' if horizon == '1' else 's'}"
-    per_year = _value(_dict(metrics.get("trading")).get("bars_per_year"))
+    per_year = pieces.as_float(_dict(metrics.get("trading")).get("bars_per_year"))
     if not per_year or per_year < 0 or not horizon.isdigit():
         return words
     minutes = round(int(horizon) * 365 * 1440 / per_year)
     size, unit = next((s, u) for s, u in ((1440, "d"), (60, "h"), (1, "min")) if minutes % s == 0)
     return f"{words} ({minutes // size} {unit})"
-
-
-_CSS = """
-:root{color-scheme:light dark;--page:#fff;--card:#f5f6f8;--ink:#1b1f24;--soft:#59636e;--grid:#d5dae0;
---ours:#1f66b5;--other:#bd5200;--third:#5b7f2b;--warn:#fff1d6;--warnink:#5c3a00}
-@media (prefers-color-scheme:dark){:root{--page:#14171b;--card:#1e2329;--ink:#e6e9ed;--soft:#a3adb8;--grid:#3a424c;
---ours:#6fb0f5;--other:#f2994a;--third:#a7cc6d;--warn:#4a3408;--warnink:#ffe4ae}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
-"DejaVu Sans",sans-serif}
-main{max-width:68rem;margin:0 auto;padding:1.5rem 1.1rem 3rem}
-h1{font-size:1.9rem;line-height:1.2;margin:0;overflow-wrap:anywhere}
-h2{font-size:1.3rem;margin:2.6rem 0 .7rem;padding-bottom:.25rem;border-bottom:1px solid var(--grid)}
-.kind{margin:0;color:var(--soft);font-size:.85rem;text-transform:uppercase;letter-spacing:.06em}
-.run{margin:.2rem 0 0;color:var(--soft);font-family:ui-monospace,monospace;font-size:.85rem;overflow-wrap:anywhere}
-nav{margin-top:1.1rem;font-size:.88rem;color:var(--soft)}a{color:var(--ours)}
-.banner{background:var(--warn);color:var(--warnink);border-left:6px solid var(--other);padding:.8rem 1rem;
-margin:1.2rem 0 0;border-radius:4px}
-.verdict{font-size:1.15rem;background:var(--card);border-left:6px solid var(--soft);border-radius:4px;
-padding:1rem 1.1rem;margin:0}
-.verdict span{font-weight:700;text-transform:uppercase;font-size:.85rem;letter-spacing:.05em;margin-right:.5rem}
-.verdict.weak,.verdict.strong{border-color:var(--ours)}
-.verdict.weak span,.verdict.strong span{color:var(--ours)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(11.5rem,1fr));gap:.8rem;margin-top:.9rem}
-.tiles div{background:var(--card);border-radius:4px;padding:.75rem .9rem}
-.tiles b{display:block;font-size:1.45rem;line-height:1.3;font-variant-numeric:tabular-nums}
-.tiles small{color:var(--soft);line-height:1.4;display:block}
-.scroll{overflow-x:auto}
-figure{margin:1rem 0 1.6rem}
-figcaption,.note{color:var(--soft);font-size:.86rem;line-height:1.45;max-width:52rem;margin:.4rem 0 0}
-.note{margin-bottom:1.4rem}
-.absent{color:var(--soft);font-style:italic;overflow-wrap:anywhere}
-svg{display:block;width:100%;height:auto;min-width:34rem;max-width:52rem}
-svg *{stroke-linejoin:round;stroke-linecap:butt}
-svg text{font-family:"DejaVu Sans",Verdana,system-ui,sans-serif}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:.8rem}
-.grid svg{min-width:0}
-.grid.small{grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));max-width:68rem}
-.grid.small svg{max-width:22rem}
-table{border-collapse:collapse;font-size:.9rem;min-width:24rem;font-variant-numeric:tabular-nums}
-th,td{padding:.34rem .8rem .34rem 0;text-align:left;border-bottom:1px solid var(--grid);white-space:nowrap}
-th{color:var(--soft);font-weight:600;vertical-align:bottom}
-.n{text-align:right;padding-left:.8rem}
-details{margin:.7rem 0}summary{cursor:pointer}
-pre{background:var(--card);border-radius:4px;padding:.8rem;overflow-x:auto;font-size:.8rem;line-height:1.4}
-footer{margin-top:3rem;color:var(--soft);font-size:.86rem;border-top:1px solid var(--grid)}
-@media print{:root{color-scheme:light;--page:#fff;--card:#f5f6f8;--ink:#000;--soft:#444;--grid:#ccc;--ours:#1f66b5;
---other:#bd5200;--third:#5b7f2b;--warn:#fff1d6;--warnink:#5c3a00}nav{display:none}main{max-width:none;padding:0}
-figure,table,.verdict,.tiles div{break-inside:avoid}h2{break-after:avoid}.scroll{overflow:visible}
-svg{min-width:0}pre{white-space:pre-wrap}table{font-size:.75rem}
-.banner,.verdict,.tiles div{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
-"""

@@ -43,7 +43,7 @@ def fitted() -> tuple[list[RawSeries], FeatureTransform]:
 
 
 def test_there_are_at_least_24_features_each_with_a_lookback() -> None:
-    features = catalogue("1h", HORIZONS, has_fine=False)
+    features = catalogue("1h", HORIZONS, np.ones(168), has_fine=False)
     assert len(features) == 54
     assert len({f.name for f in features}) == 54
     assert all(f.lookback >= 1 for f in features)
