@@ -29,7 +29,7 @@ from recur.pipeline.config import Config, dump_toml
 from recur.pipeline.dataset import RawSeries, Split, arrays, make_split
 from recur.pipeline.fit import choose_device
 from recur.pipeline.inference import Forecast, forecast
-from recur.pipeline.load import data_end_ms, open_store, pool_series, snapshot, stored_series
+from recur.pipeline.load import data_end_ms, open_store, pool_series, snapshot, stored_news, stored_series
 from recur.pipeline.report import write_report
 from recur.pipeline.rows import forecast_rows
 from recur.pipeline.train import fit_fold, gap_ms
@@ -70,20 +70,24 @@ class Rows:
             self.base_vol[name].append(b.vol[at, i])
 
 
-def run_backtest(home: Path, config: Config, *, run: str | None, progress: bool) -> dict[str, Any]:
+def run_backtest(
+    home: Path, config: Config, *, run: str | None, progress: bool, placebo: int | None = None
+) -> dict[str, Any]:
     """Backtest the configured model, write a run folder, and return its metrics (contract of ``metrics.json``).
 
     ``run``: judge this trained run instead of training; the test span must then lie after all that it saw.
+    ``placebo``: seed with which the times of the news are shuffled within each month.
     Raises DataMissing when the store lacks data, UsageError when the spans do not fit.
     """
     started = time.monotonic()
     choose_device(config.train.device)
     store = open_store(home, config)
     since = parse_time(config.train.since) if config.train.since else None
-    own = stored_series(store, config, since)
+    news = stored_news(store, config, placebo)
+    own = stored_series(store, config, since, news=news)
     splits = _splits(config, own)
     trained = _trained_before(home, config, run, splits) if run else None
-    series = own + ([] if trained else pool_series(config.train.pool, config))
+    series = own + ([] if trained else pool_series(config.train.pool, config, news))
     config = replace(
         config,
         backtest=replace(
@@ -102,6 +106,7 @@ def run_backtest(home: Path, config: Config, *, run: str | None, progress: bool)
         "data": snapshot(series),
         "folds": [s.as_dict() for s in splits],
         "parent": run,
+        "placebo": placebo,
         **art.environment(),
     }
     folder.write_json("manifest.json", manifest)

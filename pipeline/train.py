@@ -16,7 +16,7 @@ from recur.pipeline.config import Config, dump_toml, load_config
 from recur.pipeline.dataset import RawSeries, SeriesArrays, Split, arrays, fit_transform, make_split
 from recur.pipeline.features import FeatureTransform
 from recur.pipeline.fit import choose_device, fit
-from recur.pipeline.load import data_end_ms, open_store, pool_series, snapshot, stored_series
+from recur.pipeline.load import data_end_ms, open_store, pool_series, snapshot, stored_news, stored_series
 from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id
 from recur.vocabulary import INTERVALS, UsageError, did_you_mean, iso, next_open, parse_time
 
@@ -55,7 +55,8 @@ def fit_fold(
 ) -> tuple[art.Artefact, list[SeriesArrays], dict[str, Any]]:
     """Features, network and training of one split; everything fitted sees the training span alone."""
     horizons, interval = config.train.horizons, config.market.interval
-    transform = fit_transform(series, interval, horizons, split.train_until_ms, bool(config.features.fine))
+    f = config.features
+    transform = fit_transform(series, interval, horizons, split.train_until_ms, bool(f.fine), f.news)
     data = arrays(series, transform)
     made = art.Artefact(build_net(config, transform, symbols := symbol_table(series)), transform, symbols)
     art.save_spec(folder, made)
@@ -79,8 +80,9 @@ def train_price(home: Path, config: Config, *, resume: str | None, progress: boo
     store = open_store(home, config)
     since = parse_time(config.train.since) if config.train.since else None
     until = parse_time(config.train.until) if config.train.until else None
-    own = stored_series(store, config, since, until)
-    series = own + pool_series(config.train.pool, config)
+    news = stored_news(store, config)
+    own = stored_series(store, config, since, until, news)
+    series = own + pool_series(config.train.pool, config, news)
     end = until or data_end_ms(own)
     # Cutoffs are closes, and the last bar's close is the end itself: one bar more keeps it inside the span.
     split = make_split(next_open(end, config.market.interval), end, config.train.val_days, 0)
@@ -152,7 +154,7 @@ def _resumed(home: Path, config: Config, resume: str) -> tuple[RunFolder, Config
     if folder.features.exists():
         before = [f["name"] for f in folder.read_json("features.json")["features"]]
         now = FeatureTransform(
-            config.market.interval, config.train.horizons, bool(config.features.fine)
+            config.market.interval, config.train.horizons, bool(config.features.fine), config.features.news
         ).names
         if before != now or theirs.market.interval != config.market.interval:
             changed = sorted(set(before) ^ set(now)) or [f"interval {theirs.market.interval}"]

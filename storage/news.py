@@ -76,6 +76,14 @@ def read(
     return aware(found, NEWS_SCHEMA)
 
 
+def versions(con: duckdb.DuckDBPyConnection) -> pl.DataFrame:
+    """All versions of all items."""
+    found: pl.DataFrame = con.sql(
+        f"SELECT {', '.join(NEWS_SCHEMA)} FROM news ORDER BY published_at, news_id, version"
+    ).pl()
+    return aware(found, NEWS_SCHEMA)
+
+
 def unscored(con: duckdb.DuckDBPyConnection, run_id: str) -> pl.DataFrame:
     """All versions of items without a score of ``run_id``."""
     found: pl.DataFrame = con.sql(

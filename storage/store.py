@@ -236,6 +236,11 @@ class Store:
         with self.read() as con:
             return news.read(con, since_ms, until_ms, as_of_ms)
 
+    def news_versions(self) -> pl.DataFrame:
+        """Every version of every item, as a news frame sorted by publication."""
+        with self.read() as con:
+            return news.versions(con)
+
     def unscored(self, run_id: str) -> pl.DataFrame:
         """All versions of news items that ``run_id`` has not scored yet, as a news frame."""
         with self.read() as con:
