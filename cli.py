@@ -643,6 +643,12 @@ def backtest(
     device: Device = None,
     symbols: Symbols = None,
     interval: Interval = None,
+    ablate: Annotated[
+        str | None, typer.Option(metavar="PART", help="Also run without this part of the input: news.")
+    ] = None,
+    placebo: Annotated[
+        int, typer.Option(min=0, help="With --ablate: so many runs with shuffled news times.")
+    ] = 0,
     require_edge: RequireEdge = False,
     allow_gaps: AllowGaps = False,
 ) -> None:
@@ -653,6 +659,8 @@ def backtest(
         train__pool=pool, train__epochs=epochs, train__seed=seed, train__device=device,
         market__symbols=_words(symbols), market__interval=interval,
     )  # fmt: skip
+    if ablate is not None or placebo:
+        return _ablate(state, config, ablate, placebo, run)
     from recur.pipeline.backtest import run_backtest
     from recur.pipeline.verdict import verdict_text
 
@@ -665,6 +673,26 @@ def backtest(
 
     state.result(metrics, people)
     _check_edge(require_edge, [metrics])
+
+
+def _ablate(state: State, config: Config, part: str | None, placebo: int, run: str | None) -> None:
+    if part != "news":
+        raise UsageError(f"--ablate is {part or 'absent'}: expected news.", "Say '--ablate news'.")
+    if run is not None:
+        raise UsageError("--ablate trains anew with and without the news; --run cannot be given with it.")
+    from recur.pipeline.ablate import ablate_news
+
+    result = ablate_news(state.home, config, placebo=placebo, progress=state.progress)
+
+    def people() -> None:
+        rows = [
+            (h, f"{p['gain']:+.2f} %", _p_value(p["dm_p"]), f"{p.get('placebo_p', float('nan')):.2f}")
+            for h, p in result["horizons"].items()
+        ]
+        _table("CRPS gained by news", ("bars ahead", "gain", "DM p", "placebo p"), rows)
+        print(result["text"])
+
+    state.result(result, people)
 
 
 def _check_edge(required: bool, found: Sequence[Mapping[str, Any]]) -> None:

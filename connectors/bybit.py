@@ -51,6 +51,7 @@ POINT_INTERVALS = {"5m": "5min", "15m": "15min", "30m": "30min", "1h": "1h", "4h
 FUNDING_PAGE_ROWS = 200
 POINT_PAGE_ROWS = {"open_interest": 200, "long_short": 500}
 INSTRUMENT_PAGE_ROWS = 1000
+ANNOUNCEMENT_PAGE_ROWS = 20
 STATUSES = ("Trading", "PreLaunch", "Delivering", "Closed")
 """What instruments can be; spot lists only those trading."""
 
@@ -260,6 +261,14 @@ class BybitConnector(VenueSession):
     def check_symbols(self, category: str, symbols: Iterable[str]) -> None:
         """VenueRefused naming the first of ``symbols`` that ``category`` does not have, delisted ones included."""
         self.describe_symbols(category, symbols)
+
+    def announcements_page(self, locale: str, page: int) -> list[dict[str, Any]]:
+        """Announcements of one page (from 1), the newest first, as the venue describes them."""
+        return self.ask(
+            f"announcements, page {page}",
+            lambda api: api.get_announcement(locale=locale, page=page, limit=ANNOUNCEMENT_PAGE_ROWS),
+            lambda reply: rows(reply, dict),
+        )
 
     def maintenance(self) -> list[tuple[int, int]]:
         """(begin, end) of the maintenance the venue has announced, past and to come, in UTC ms."""

@@ -29,7 +29,7 @@ _ROW = "row_in_file"
 
 def sniff(path: str | Path) -> Literal["candles", "funding"]:
     """What a file holds, by its columns. Raises UsageError when it is neither or cannot be read."""
-    return _kind(_load(Path(path)), Path(path))
+    return _kind(load(Path(path)), Path(path))
 
 
 def read_candles(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
@@ -38,7 +38,7 @@ def read_candles(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
     Rows of a series must stand in the order of time. Raises UsageError for anything that does not fit.
     """
     path = Path(path)
-    raw = _load(path)
+    raw = load(path)
     _need(raw, path, "candles", ("symbol", "interval", *_PRICES, "volume"), ("open_time", "ts"))
     time = "open_time" if "open_time" in raw.columns else "ts"
     numbers = [*_PRICES, "volume", *(["turnover"] if "turnover" in raw.columns else [])]
@@ -48,14 +48,14 @@ def read_candles(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
         _text("symbol").str.to_uppercase(),
         _text("interval"),
         pl.lit("trade").alias("kind"),
-        _times(raw, time, path).alias("open_time"),
+        times(raw, time, path).alias("open_time"),
         *(_number(name) for name in numbers),
     )
     if "turnover" not in numbers:
         frame = frame.with_columns(pl.lit(None, dtype=pl.Float64).alias("turnover"))
     open_, high, low, close = (pl.col(name) for name in _PRICES)
     series = _CANDLE_KEY[:-1]
-    _refuse(
+    refuse(
         path,
         frame,
         [
@@ -84,7 +84,7 @@ def read_funding(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
     Raises UsageError for anything that does not fit.
     """
     path = Path(path)
-    raw = _load(path)
+    raw = load(path)
     _need(raw, path, "funding", ("symbol",), ("funding_time", "ts"), ("funding_rate", "rate"))
     time = "funding_time" if "funding_time" in raw.columns else "ts"
     rate = "funding_rate" if "funding_rate" in raw.columns else "rate"
@@ -92,10 +92,10 @@ def read_funding(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
         pl.col(_ROW).cast(pl.Int64),
         _category(raw, category),
         _text("symbol").str.to_uppercase(),
-        _times(raw, time, path).alias("funding_time"),
+        times(raw, time, path).alias("funding_time"),
         _number(rate).alias("rate"),
     )
-    _refuse(
+    refuse(
         path,
         frame,
         [
@@ -106,7 +106,8 @@ def read_funding(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
     return frame.drop(_ROW).sort("category", "symbol", "funding_time")
 
 
-def _load(path: Path) -> pl.DataFrame:
+def load(path: Path) -> pl.DataFrame:
+    """Any table the formats allow. Raises UsageError when it is absent, empty, or cannot be read."""
     name = path.name.lower()
     if not name.endswith(_SUFFIXES):
         raise UsageError(
@@ -173,7 +174,7 @@ def _number(name: str) -> pl.Expr:
     )
 
 
-def _times(raw: pl.DataFrame, name: str, path: Path) -> pl.Expr:
+def times(raw: pl.DataFrame, name: str, path: Path) -> pl.Expr:
     """UTC milliseconds of a column of datetimes, ISO text or epoch milliseconds; null where it cannot be read."""
     kind = raw.schema[name]
     column = pl.col(name)
@@ -230,7 +231,7 @@ def _key_faults(time: str, series: Sequence[str]) -> list[tuple[pl.Expr, str]]:
     ]
 
 
-def _refuse(path: Path, frame: pl.DataFrame, faults: Sequence[tuple[pl.Expr, str]]) -> None:
+def refuse(path: Path, frame: pl.DataFrame, faults: Sequence[tuple[pl.Expr, str]]) -> None:
     """Raise one UsageError for all rows at fault, the first reason of each, the earliest rows first."""
     first = pl.coalesce(pl.when(check.fill_null(False)).then(pl.lit(why)) for check, why in faults)
     found = frame.select(_ROW, first.alias("why")).filter(pl.col("why").is_not_null())

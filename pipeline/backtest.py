@@ -35,6 +35,7 @@ from recur.pipeline.load import (
     pool_series,
     refuse_unexplained,
     snapshot,
+    stored_news,
     stored_series,
 )
 from recur.pipeline.report import write_report
@@ -78,23 +79,32 @@ class Rows:
 
 
 def run_backtest(
-    home: Path, config: Config, *, run: str | None, progress: bool, allow_gaps: bool = False
+    home: Path,
+    config: Config,
+    *,
+    run: str | None,
+    progress: bool,
+    allow_gaps: bool = False,
+    placebo: int | None = None,
 ) -> dict[str, Any]:
     """Backtest the configured model, write a run folder, and return its metrics (contract of ``metrics.json``).
 
     ``run``: judge this trained run instead of training; the test span must then lie after all that it saw.
-    Raises DataMissing when the store lacks data or, unless ``allow_gaps``, has unexplained holes, UsageError when the spans do not fit.
+    ``placebo``: seed with which the times of the news are shuffled within each month.
+    Raises DataMissing when the store lacks data or, unless ``allow_gaps``, has unexplained holes, UsageError when
+    the spans do not fit.
     """
     started = time.monotonic()
     choose_device(config.train.device)
     store = open_store(home, config)
     since = parse_time(config.train.since) if config.train.since else None
-    own = stored_series(store, config, since)
+    news = stored_news(store, config, placebo)
+    own = stored_series(store, config, since, news=news)
     if not allow_gaps:
         refuse_unexplained(store, config, since)
     splits = _splits(config, own)
     trained = _trained_before(home, config, run, splits) if run else None
-    series = own + ([] if trained else pool_series(config.train.pool, config))
+    series = own + ([] if trained else pool_series(config.train.pool, config, news))
     config = replace(
         config,
         backtest=replace(
@@ -113,6 +123,7 @@ def run_backtest(
         "data": snapshot(series),
         "folds": [s.as_dict() for s in splits],
         "parent": run,
+        "placebo": placebo,
         **art.environment(),
     }
     folder.write_json("manifest.json", manifest)

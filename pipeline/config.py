@@ -240,8 +240,17 @@ class FeatureConfig:
     fine: str = ""
     """Interval of finer bars to measure volatility within each bar, shorter than market.interval; empty for none."""
 
+    news: bool = False
+    """Whether the model sees what the stored news said, as of each bar's close."""
+
+    news_run: str = ""
+    """Sentiment run whose scores of the news are used; empty for counts and silence without a tone."""
+
+    news_latency_s: float = 60.0
+    """Seconds between an item being known and a forecast using it, 0 to 86400."""
+
     def __post_init__(self) -> None:
-        _verify(self, "features", {"fine": _one_of("", *INTERVALS)})
+        _verify(self, "features", {"fine": _one_of("", *INTERVALS), "news_latency_s": _within(0, 86_400)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from recur.pipeline.features import FeatureTransform
+from recur.pipeline.newsfeatures import Items, news_columns
 from recur.vocabulary import INTERVALS, DataMissing, Series, from_ms, grid, iso, next_open
 
 Floats = NDArray[np.float64]
@@ -122,7 +123,11 @@ def realised_inside(fine: pl.DataFrame, interval: str) -> pl.DataFrame:
 
 
 def raw_series(
-    candles: pl.DataFrame, group: str, funding: pl.DataFrame | None = None, fine: pl.DataFrame | None = None
+    candles: pl.DataFrame,
+    group: str,
+    funding: pl.DataFrame | None = None,
+    fine: pl.DataFrame | None = None,
+    news: Items | None = None,
 ) -> list[RawSeries]:
     """One RawSeries per (category, symbol) of a candle frame of a single interval."""
     out = []
@@ -132,6 +137,9 @@ def raw_series(
         inner = None if fine is None else fine.filter(pl.col("symbol") == symbol)
         unique = str(Series(str(category), str(symbol), interval))
         frame = regular_frame(part.sort("open_time"), interval, own, inner)
+        if news is not None:
+            closes = frame["close_time"].dt.epoch("ms").to_numpy()
+            frame = frame.hstack(news_columns(str(symbol), closes, news))
         out.append(RawSeries(unique if group == "store" else f"{group}:{symbol}", str(symbol), group, frame))
     return out
 
@@ -160,6 +168,7 @@ def fit_transform(
     horizons: tuple[int, ...],
     until_ms: int,
     has_fine: bool = False,
+    has_news: bool = False,
 ) -> FeatureTransform:
     """Fit season and scaler on the rows that were closed at ``until_ms``, and on nothing later."""
     until = from_ms(until_ms)
@@ -173,7 +182,7 @@ def fit_transform(
             f"No bar was closed by the end of the training span, {iso(until_ms)}: nothing is left to train on.",
             "Fetch a longer history ('recur fetch --days'), or lower train.val_days.",
         )
-    transform = FeatureTransform(interval=interval, horizons=horizons, has_fine=has_fine)
+    transform = FeatureTransform(interval=interval, horizons=horizons, has_fine=has_fine, has_news=has_news)
     transform.fit_season([s.frame for s in past])
     transform.fit_scaler([raw for _, raw in raw_features(past, transform)])
     return transform

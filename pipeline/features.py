@@ -20,6 +20,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from recur.pipeline.newsfeatures import NAMES as NEWS
+from recur.pipeline.newsfeatures import lookback_bars
 from recur.vocabulary import INTERVALS, WEEK_MS
 
 _MONDAY_MS = 4 * 86_400_000
@@ -138,7 +140,11 @@ def shared_columns() -> list[pl.Expr]:
 
 
 def catalogue(
-    interval: str, horizons: Sequence[int], season: NDArray[np.float64], has_fine: bool
+    interval: str,
+    horizons: Sequence[int],
+    season: NDArray[np.float64],
+    has_fine: bool,
+    has_news: bool = False,
 ) -> list[Feature]:
     """All features, in the order in which the model sees them."""
     r, slow = pl.col("r"), ewm_lookback(BASE_DECAY)
@@ -214,6 +220,8 @@ def catalogue(
         ]
         out.append(Feature("fine_down_share", pl.col("fine_down_share"), 1))
         out.append(Feature("fine_jump_share", pl.col("fine_jump_share"), 1))
+    if has_news:
+        out += [Feature(name, pl.col(name), lookback_bars(INTERVALS[interval])) for name in NEWS]
     return out
 
 
@@ -265,13 +273,14 @@ class FeatureTransform:
     interval: str
     horizons: tuple[int, ...]
     has_fine: bool = False
+    has_news: bool = False
     season: NDArray[np.float64] = field(default_factory=lambda: np.ones(1))
     mean: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     std: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     @property
     def features(self) -> list[Feature]:
-        return catalogue(self.interval, self.horizons, self.season, self.has_fine)
+        return catalogue(self.interval, self.horizons, self.season, self.has_fine, self.has_news)
 
     @property
     def names(self) -> list[str]:
@@ -371,6 +380,7 @@ class FeatureTransform:
             "interval": self.interval,
             "horizons": list(self.horizons),
             "has_fine": self.has_fine,
+            "has_news": self.has_news,
             "features": [{"name": f.name, "lookback": f.lookback} for f in self.features],
             "scaler": {"mean": self.mean.tolist(), "std": self.std.tolist()},
             "season": self.season.tolist(),
@@ -383,6 +393,7 @@ class FeatureTransform:
             interval=spec["interval"],
             horizons=tuple(spec["horizons"]),
             has_fine=spec["has_fine"],
+            has_news=spec.get("has_news", False),  # runs of before there were news
             season=np.asarray(spec["season"], dtype=np.float64),
             mean=np.asarray(spec["scaler"]["mean"], dtype=np.float64),
             std=np.asarray(spec["scaler"]["std"], dtype=np.float64),

@@ -13,8 +13,9 @@ from recur.connectors.files import read_candles
 from recur.pipeline.certificate import UNEXPLAINED, holes
 from recur.pipeline.config import Config
 from recur.pipeline.dataset import RawSeries, raw_series
+from recur.pipeline.newsfeatures import Items, make_items, shuffled_within_month
 from recur.storage.store import Store
-from recur.vocabulary import DataMissing, Series, UsageError, did_you_mean, floor_open, iso
+from recur.vocabulary import INTERVALS, DataMissing, Series, UsageError, did_you_mean, floor_open, iso
 
 
 def open_store(home: Path, config: Config) -> Store:
@@ -27,6 +28,7 @@ def stored_series(
     since_ms: int | None = None,
     until_ms: int | None = None,
     as_of_ms: int | None = None,
+    news: Items | None = None,
 ) -> list[RawSeries]:
     """The configured series on their grids, with funding and, where configured, finer bars joined in.
 
@@ -63,7 +65,7 @@ def stored_series(
                 f"features.fine is {config.features.fine}, and the store holds no such candles of {', '.join(without)}.",
                 f"Run 'recur fetch -i {config.features.fine}', or set features.fine to an empty string.",
             )
-    return raw_series(candles, "store", funding, fine)
+    return raw_series(candles, "store", funding, fine, news)
 
 
 def _followed(store: Store, config: Config, as_of_ms: int) -> bool:
@@ -108,7 +110,37 @@ def refuse_unexplained(
         )
 
 
-def pool_series(paths: Sequence[str], config: Config) -> list[RawSeries]:
+def stored_news(store: Store, config: Config, placebo: int | None = None) -> Items | None:
+    """The stored news as the features read them, None where ``features.news`` is off.
+
+    ``placebo``: seed of a shuffle of their times within each month. Raises DataMissing when there are no news, or no
+    scores of ``features.news_run``.
+    """
+    f = config.features
+    if not f.news:
+        return None
+    if not INTERVALS[config.market.interval]:
+        raise UsageError(
+            f"News are not joined to bars of {config.market.interval}.", "Turn features.news off."
+        )
+    items = store.news_versions()
+    if items.is_empty():
+        raise DataMissing(
+            f"features.news is on, and the store {store.path} holds no news.",
+            "Run 'recur fetch --kinds announcements' or 'recur fetch --source NEWSFILE', or turn it off.",
+        )
+    scores = store.sentiment(f.news_run) if f.news_run else None
+    if scores is not None and scores.is_empty():
+        raise DataMissing(
+            f"The store holds no scores of features.news_run = {f.news_run}.",
+            f"Run 'recur sentiment --stored --run {f.news_run}' first.",
+        )
+    if placebo is not None:
+        items = shuffled_within_month(items, placebo)
+    return make_items(items, scores, f.news_latency_s)
+
+
+def pool_series(paths: Sequence[str], config: Config, news: Items | None = None) -> list[RawSeries]:
     """Series of candle files used for training beside the stored ones; each file is a source of its own."""
     out: list[RawSeries] = []
     for path in paths:
@@ -128,7 +160,7 @@ def pool_series(paths: Sequence[str], config: Config) -> list[RawSeries]:
                 if inner.height
                 else fitting.with_columns(pl.lit(config.features.fine).alias("interval")).clear()
             )
-        out += raw_series(fitting, group, None, fine)
+        out += raw_series(fitting, group, None, fine, news)
     return out
 
 

@@ -13,7 +13,7 @@ from recur.pipeline.artefact import open_trained
 from recur.pipeline.config import Config, MarketConfig, load_config
 from recur.pipeline.dataset import arrays
 from recur.pipeline.inference import Forecast, cutoffs, forecast
-from recur.pipeline.load import open_store, stored_series
+from recur.pipeline.load import open_store, stored_news, stored_series
 from recur.pipeline.rows import forecast_rows, json_rows
 from recur.storage.runs import latest_run
 from recur.storage.store import Store
@@ -49,7 +49,7 @@ def predict(home: Path, config: Config, *, run: str | None, as_of_ms: int | None
     wanted = replace(config, market=replace(config.market, symbols=(*symbols, *lead)))
     needed = (made.transform.lookback + config.train.window + 8) * (INTERVALS[interval] or 31 * 86_400_000)
     since = _last_close(store, config, as_of) - needed
-    series = stored_series(store, wanted, since, as_of, as_of_ms)
+    series = stored_series(store, wanted, since, as_of, as_of_ms, stored_news(store, wanted))
     series = [replace(s, frame=s.frame.filter(pl.col("close_time") <= from_ms(as_of))) for s in series]
     out: list[Forecast] = []
     for data in arrays([s for s in series if s.frame.height], made.transform):

@@ -22,6 +22,7 @@ from recur.pipeline.load import (
     pool_series,
     refuse_unexplained,
     snapshot,
+    stored_news,
     stored_series,
 )
 from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id
@@ -62,7 +63,8 @@ def fit_fold(
 ) -> tuple[art.Artefact, list[SeriesArrays], dict[str, Any]]:
     """Features, network and training of one split; everything fitted sees the training span alone."""
     horizons, interval = config.train.horizons, config.market.interval
-    transform = fit_transform(series, interval, horizons, split.train_until_ms, bool(config.features.fine))
+    f = config.features
+    transform = fit_transform(series, interval, horizons, split.train_until_ms, bool(f.fine), f.news)
     data = arrays(series, transform)
     made = art.Artefact(build_net(config, transform, symbols := symbol_table(series)), transform, symbols)
     art.save_spec(folder, made)
@@ -88,10 +90,11 @@ def train_price(
     store = open_store(home, config)
     since = parse_time(config.train.since) if config.train.since else None
     until = parse_time(config.train.until) if config.train.until else None
-    own = stored_series(store, config, since, until)
+    news = stored_news(store, config)
+    own = stored_series(store, config, since, until, news=news)
     if not allow_gaps:
         refuse_unexplained(store, config, since, until)
-    series = own + pool_series(config.train.pool, config)
+    series = own + pool_series(config.train.pool, config, news)
     end = until or data_end_ms(own)
     # Cutoffs are closes, and the last bar's close is the end itself: one bar more keeps it inside the span.
     split = make_split(next_open(end, config.market.interval), end, config.train.val_days, 0)
@@ -163,7 +166,7 @@ def _resumed(home: Path, config: Config, resume: str) -> tuple[RunFolder, Config
     if folder.features.exists():
         before = [f["name"] for f in folder.read_json("features.json")["features"]]
         now = FeatureTransform(
-            config.market.interval, config.train.horizons, bool(config.features.fine)
+            config.market.interval, config.train.horizons, bool(config.features.fine), config.features.news
         ).names
         if before != now or theirs.market.interval != config.market.interval:
             changed = sorted(set(before) ^ set(now)) or [f"interval {theirs.market.interval}"]

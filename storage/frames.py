@@ -43,9 +43,10 @@ NEWS_SCHEMA = pl.Schema(
         "first_seen": TIME,
         **dict.fromkeys(("title", "body", "url", "source", "tags", "story_id"), pl.String()),
         "version": pl.Int32(),
+        "backfill": pl.Boolean(),
     }
 )
-"""Columns of a news frame. ``tags`` is a JSON list; ``version`` counts the edits of one ``news_id`` from 1."""
+"""Columns of a news frame. ``tags`` is a JSON list; ``backfill`` marks items taken from an archive; ``version`` counts the edits of one ``news_id`` from 1."""
 SENTIMENT_SCHEMA = pl.Schema(
     {
         "news_id": pl.String(),

@@ -10,14 +10,17 @@ from recur.storage.merge import PutResult
 
 _CONTENT = ("published_at", "published_precision", "title", "body", "url", "tags")
 """What makes a version: another value in one of these is an edit. The source and the story are not part of it."""
-_GIVEN = pl.Schema({k: v for k, v in NEWS_SCHEMA.items() if k not in ("first_seen", "version")})
+_GIVEN = pl.Schema({k: v for k, v in NEWS_SCHEMA.items() if k not in ("first_seen", "version", "backfill")})
 _SCORED = ("news_id", "version", "run_id")
 
 
-def put(con: duckdb.DuckDBPyConnection, frame: pl.DataFrame, source: str, now_ms: int) -> PutResult:
+def put(
+    con: duckdb.DuckDBPyConnection, frame: pl.DataFrame, source: str, now_ms: int, backfill: bool
+) -> PutResult:
     """Store items (columns of ``NEWS_SCHEMA`` without ``first_seen`` and ``version``; absent ones are null).
 
     An item is compared with its newest version: ``new`` ids, ``changed`` ones that got a further version, ``same``.
+    ``backfill`` marks items of an archive: their ``first_seen`` does not tell when they could have been known.
     Of one id several times in ``frame`` the last counts. ``source`` names the origin of items that name none.
     Raises ValueError for items without ``news_id`` and for an unknown precision.
     """
@@ -47,9 +50,9 @@ def put(con: duckdb.DuckDBPyConnection, frame: pl.DataFrame, source: str, now_ms
     ).fetchall()
     names = ", ".join(_GIVEN)
     con.execute(
-        f"""INSERT INTO news ({names}, version, first_seen)
-        SELECT {names}, version, make_timestamp_ms(?) FROM delta ORDER BY place""",
-        [now_ms],
+        f"""INSERT INTO news ({names}, version, first_seen, backfill)
+        SELECT {names}, version, make_timestamp_ms(?), ? FROM delta ORDER BY place""",
+        [now_ms, backfill],
     )
     con.execute("DROP TABLE delta")
     return PutResult(new, changed, rows.height - new - changed)
@@ -69,6 +72,14 @@ def read(
         f"""SELECT * FROM (SELECT DISTINCT ON (news_id) {", ".join(NEWS_SCHEMA)} FROM news WHERE {known}
             ORDER BY news_id, version DESC)
         WHERE {" AND ".join(where) or "true"} ORDER BY published_at, news_id"""
+    ).pl()
+    return aware(found, NEWS_SCHEMA)
+
+
+def versions(con: duckdb.DuckDBPyConnection) -> pl.DataFrame:
+    """All versions of all items."""
+    found: pl.DataFrame = con.sql(
+        f"SELECT {', '.join(NEWS_SCHEMA)} FROM news ORDER BY published_at, news_id, version"
     ).pl()
     return aware(found, NEWS_SCHEMA)
 

@@ -132,10 +132,10 @@ class Store:
         with self.write() as con:
             return instruments.put(con, frame, source, now_ms)
 
-    def put_news(self, frame: pl.DataFrame, *, source: str, now_ms: int) -> PutResult:
+    def put_news(self, frame: pl.DataFrame, *, source: str, now_ms: int, backfill: bool = False) -> PutResult:
         """Store news items; an edited one becomes a new version. See ``storage/news.py``."""
         with self.write() as con:
-            return news.put(con, frame, source, now_ms)
+            return news.put(con, frame, source, now_ms, backfill)
 
     def put_sentiment(self, frame: pl.DataFrame) -> int:
         """Store scores (columns of ``SENTIMENT_SCHEMA``) that are not there yet; returns how many."""
@@ -235,6 +235,11 @@ class Store:
         """The newest version of every item published in the range (or the newest known at ``as_of_ms``), by time."""
         with self.read() as con:
             return news.read(con, since_ms, until_ms, as_of_ms)
+
+    def news_versions(self) -> pl.DataFrame:
+        """Every version of every item, as a news frame sorted by publication."""
+        with self.read() as con:
+            return news.versions(con)
 
     def unscored(self, run_id: str) -> pl.DataFrame:
         """All versions of news items that ``run_id`` has not scored yet, as a news frame."""
