@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from recur.pipeline.config import Config, Provenance, is_pattern, load_config, starter_toml
+from recur.pipeline.config import TEXT_KINDS, Config, Provenance, is_pattern, load_config, starter_toml
 from recur.vocabulary import (
     CheckFailed,
     DataMissing,
@@ -429,9 +429,13 @@ def fetch(
     ] = None,
     kinds: Annotated[
         str | None,
-        typer.Option(help="candles,mark,index,premium,funding,open_interest,long_short,instruments."),
+        typer.Option(
+            help="candles,mark,index,premium,funding,open_interest,long_short,instruments,announcements,news."
+        ),
     ] = None,
-    source: Annotated[list[str] | None, typer.Option(help="bybit, sandbox or a file; repeat.")] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="bybit, sandbox, a file, or a feed's address; repeat.")
+    ] = None,
     base_url: BaseUrl = None,
     workers: Annotated[int | None, typer.Option(help="Parallel requests.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be asked.")] = False,
@@ -456,9 +460,9 @@ def fetch(
     )  # fmt: skip
     sources = source or ["bybit"]
     for name in sources:
-        if name not in ("bybit", "sandbox") and not Path(name).is_file():
+        if name not in ("bybit", "sandbox") and "://" not in name and not Path(name).is_file():
             guess = did_you_mean(name, ("bybit", "sandbox"))
-            raise UsageError(f"Source '{name}' is neither bybit, sandbox nor a file.{guess}")
+            raise UsageError(f"Source '{name}' is neither bybit, sandbox, a file nor an address.{guess}")
     span = (_time(since), _time(until))
     if follow and (len(sources) > 1 or sources[0] not in ("bybit", "sandbox")):
         raise UsageError("--follow needs one venue to follow.", "Give --source bybit or --source sandbox.")
@@ -466,13 +470,20 @@ def fetch(
     for name in sources:
         if name in ("bybit", "sandbox"):
             asked = _asked_of_venue(state, config, name, words, span, days, dry_run, wait_ban)
-            done = _follow_venue(state, *asked, for_) if follow else _fetch_venue(state, *asked)
+            done = _follow_venue(state, *asked, for_) if follow else _fetch_venue(state, *asked, config)
+        elif "://" in name and not dry_run:
+            from recur.pipeline.news import fetch_feeds
+
+            (done,) = fetch_feeds(state.store(config), [name], _now_ms(), config.news.languages)
         elif dry_run:
             done = {"file": name, "windows": 0, "requests": 0}
         else:
-            from recur.pipeline.fetch import import_file
+            from recur.pipeline.imports import import_file
 
-            done = dict(import_file(state.store(config), Path(name), config.market.category, _now_ms()))
+            done = import_file(
+                state.store(config), Path(name), category=config.market.category,
+                languages=config.news.languages, now_ms=_now_ms(),
+            )  # fmt: skip
         results.append({"source": name, **done})
 
     def people() -> None:
@@ -510,7 +521,8 @@ def _asked_of_venue(
     )
     request = FetchRequest(
         symbols=tuple(words) if any(map(is_pattern, words)) else config.market.symbols,
-        category=config.market.category, interval=config.market.interval, kinds=config.fetch.kinds,
+        category=config.market.category, interval=config.market.interval,
+        kinds=tuple(kind for kind in config.fetch.kinds if kind not in TEXT_KINDS),
         since_ms=span[0], until_ms=span[1], days=days, first_days=config.fetch.days,
         lag_ms=int(1000 * config.fetch.lag_s), dry_run=dry_run, source=source,
     )  # fmt: skip
@@ -518,16 +530,24 @@ def _asked_of_venue(
 
 
 def _fetch_venue(
-    state: State, store: Store, connector: BybitConnector, request: FetchRequest
+    state: State, store: Store, connector: BybitConnector, request: FetchRequest, config: Config
 ) -> dict[str, Any]:
     from recur.pipeline.fetch import run_fetch
     from recur.pipeline.plan import plan_fetch
 
-    plan = plan_fetch(store, connector, request)
-    if request.dry_run:
-        return dict(plan.as_dict())
-    with _progress(state, "fetching") as on_progress:
-        return dict(run_fetch(store, connector, plan, on_progress).as_dict())
+    done: dict[str, Any] = {}
+    if request.kinds:
+        plan = plan_fetch(store, connector, request)
+        if request.dry_run:
+            return dict(plan.as_dict())
+        with _progress(state, "fetching") as on_progress:
+            done = dict(run_fetch(store, connector, plan, on_progress).as_dict())
+    texts = [kind for kind in config.fetch.kinds if kind in TEXT_KINDS]
+    if texts and not request.dry_run:
+        from recur.pipeline.news import fetch_texts
+
+        done["texts"] = fetch_texts(store, connector, texts, config.news, _now_ms())
+    return done
 
 
 def _follow_venue(

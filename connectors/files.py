@@ -18,6 +18,7 @@ import polars as pl
 
 from recur.vocabulary import CATEGORIES, DAY_MS, INTERVALS, UsageError, check_category
 
+Kind = Literal["candles", "funding", "open_interest", "long_short", "news"]
 _TIME = pl.Datetime("ms", "UTC")
 _SUFFIXES = (".parquet", ".csv", ".csv.gz", ".feather")
 _PRICES = ("open", "high", "low", "close")
@@ -27,8 +28,8 @@ _OLDEST_MS, _NEWEST_MS = 1_230_768_000_000, 4_102_444_800_000  # else epoch seco
 _ROW = "row_in_file"
 
 
-def sniff(path: str | Path) -> Literal["candles", "funding"]:
-    """What a file holds, by its columns. Raises UsageError when it is neither or cannot be read."""
+def sniff(path: str | Path) -> Kind:
+    """What a file holds, by its columns. Raises UsageError when it is none of them or cannot be read."""
     return _kind(load(Path(path)), Path(path))
 
 
@@ -39,17 +40,17 @@ def read_candles(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
     """
     path = Path(path)
     raw = load(path)
-    _need(raw, path, "candles", ("symbol", "interval", *_PRICES, "volume"), ("open_time", "ts"))
+    need(raw, path, "candles", ("symbol", "interval", *_PRICES, "volume"), ("open_time", "ts"))
     time = "open_time" if "open_time" in raw.columns else "ts"
     numbers = [*_PRICES, "volume", *(["turnover"] if "turnover" in raw.columns else [])]
     frame = raw.with_row_index(_ROW, offset=1).select(
         pl.col(_ROW).cast(pl.Int64),
-        _category(raw, category),
-        _text("symbol").str.to_uppercase(),
-        _text("interval"),
+        category_of(raw, category),
+        text("symbol").str.to_uppercase(),
+        text("interval"),
         pl.lit("trade").alias("kind"),
         times(raw, time, path).alias("open_time"),
-        *(_number(name) for name in numbers),
+        *(number(name) for name in numbers),
     )
     if "turnover" not in numbers:
         frame = frame.with_columns(pl.lit(None, dtype=pl.Float64).alias("turnover"))
@@ -59,7 +60,7 @@ def read_candles(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
         path,
         frame,
         [
-            *_key_faults("open_time", series),
+            *key_faults("open_time", series),
             (~pl.col("interval").is_in(list(INTERVALS)).fill_null(False), "unknown interval"),
             (
                 pl.col("interval").is_in(list(INTERVALS)) & ~_on_grid(),
@@ -85,21 +86,21 @@ def read_funding(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
     """
     path = Path(path)
     raw = load(path)
-    _need(raw, path, "funding", ("symbol",), ("funding_time", "ts"), ("funding_rate", "rate"))
+    need(raw, path, "funding", ("symbol",), ("funding_time", "ts"), ("funding_rate", "rate"))
     time = "funding_time" if "funding_time" in raw.columns else "ts"
     rate = "funding_rate" if "funding_rate" in raw.columns else "rate"
     frame = raw.with_row_index(_ROW, offset=1).select(
         pl.col(_ROW).cast(pl.Int64),
-        _category(raw, category),
-        _text("symbol").str.to_uppercase(),
+        category_of(raw, category),
+        text("symbol").str.to_uppercase(),
         times(raw, time, path).alias("funding_time"),
-        _number(rate).alias("rate"),
+        number(rate).alias("rate"),
     )
     refuse(
         path,
         frame,
         [
-            *_key_faults("funding_time", ("category", "symbol")),
+            *key_faults("funding_time", ("category", "symbol")),
             (pl.col("rate").is_null() | ~pl.col("rate").is_finite(), "rate is not a finite number"),
         ],
     )
@@ -134,19 +135,27 @@ def load(path: Path) -> pl.DataFrame:
     return frame
 
 
-def _kind(frame: pl.DataFrame, path: Path) -> Literal["candles", "funding"]:
+def _kind(frame: pl.DataFrame, path: Path) -> Kind:
     columns = set(frame.columns)
     if {"open", "high", "low", "close"} <= columns:
         return "candles"
     if columns & {"funding_rate", "rate"}:
         return "funding"
+    if "open_interest" in columns:
+        return "open_interest"
+    if {"buy_ratio", "sell_ratio"} <= columns:
+        return "long_short"
+    if columns & {"title", "text"} and "published_at" in columns:
+        return "news"
     raise UsageError(
-        f"{path} holds neither candles nor funding: found the columns {', '.join(frame.columns)}.",
-        "Candles need symbol, interval, ts, open, high, low, close, volume; funding needs symbol, ts, funding_rate.",
+        f"{path} holds none of candles, funding, open interest, long/short ratio and news: found the columns"
+        f" {', '.join(frame.columns)}.",
+        "Candles need symbol, interval, ts, open, high, low, close, volume; funding symbol, ts, funding_rate; news"
+        " title, published_at.",
     )
 
 
-def _need(frame: pl.DataFrame, path: Path, what: str, names: Sequence[str], *either: tuple[str, str]) -> None:
+def need(frame: pl.DataFrame, path: Path, what: str, names: Sequence[str], *either: tuple[str, str]) -> None:
     absent = [name for name in names if name not in frame.columns]
     absent += ["|".join(pair) for pair in either if not set(pair) & set(frame.columns)]
     if absent:
@@ -155,17 +164,17 @@ def _need(frame: pl.DataFrame, path: Path, what: str, names: Sequence[str], *eit
         )
 
 
-def _text(name: str) -> pl.Expr:
+def text(name: str) -> pl.Expr:
     return pl.col(name).cast(pl.String).str.strip_chars()
 
 
-def _category(raw: pl.DataFrame, category: str) -> pl.Expr:
+def category_of(raw: pl.DataFrame, category: str) -> pl.Expr:
     if "category" in raw.columns:
-        return _text("category")
+        return text("category")
     return pl.lit(check_category(category)).alias("category")
 
 
-def _number(name: str) -> pl.Expr:
+def number(name: str) -> pl.Expr:
     """A float column; text that is no number becomes NaN, so that it is refused and not taken as absent."""
     return (
         pl.col(name)
@@ -218,7 +227,7 @@ def _on_grid() -> pl.Expr:
     )
 
 
-def _key_faults(time: str, series: Sequence[str]) -> list[tuple[pl.Expr, str]]:
+def key_faults(time: str, series: Sequence[str]) -> list[tuple[pl.Expr, str]]:
     before = pl.col(time).shift(1).over(series)
     known = pl.col(time).is_not_null()
     return [

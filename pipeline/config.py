@@ -33,7 +33,10 @@ from recur.vocabulary import (
 FETCH_KINDS = (
     "candles", "mark", "index", "premium", "funding", "open_interest", "long_short", "instruments",
 )  # fmt: skip
-"""What ``recur fetch`` can bring from the venue; ``candles`` are the trade candles."""
+"""What ``recur fetch`` can bring of the market; ``candles`` are the trade candles."""
+
+TEXT_KINDS = ("announcements", "news")
+"""The texts it can bring: the venue's announcements, and the feeds of ``news.feeds``."""
 
 SCHEDULES = tuple(name for name, ms in INTERVALS.items() if 0 < ms <= INTERVALS["1d"])
 """Periods that a schedule can have: those that divide a day."""
@@ -226,11 +229,35 @@ class FetchConfig:
 
     def __post_init__(self) -> None:
         url = _Rule("expected http(s)://host[:port] without credentials", lambda x: not x or _is_url(x))
-        rules = {"kinds": _one_of(*FETCH_KINDS), "days": _within(1, 10_000), "workers": _within(1, 64)}
+        rules = {
+            "kinds": _one_of(*FETCH_KINDS, *TEXT_KINDS),
+            "days": _within(1, 10_000),
+            "workers": _within(1, 64),
+        }
         rules |= {"rate": _within(0, 120, open_low=True), "lag_s": _within(0, 3600)}
         _verify(self, "fetch", rules | {"base_url": url})
         if not self.kinds:
-            raise ConfigProblems([("fetch.kinds", f"= []: expected some of {' '.join(FETCH_KINDS)}")])
+            raise ConfigProblems(
+                [("fetch.kinds", f"= []: expected some of {' '.join((*FETCH_KINDS, *TEXT_KINDS))}")]
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewsConfig:
+    """Where texts come from."""
+
+    feeds: tuple[str, ...] = ()
+    """Addresses of RSS or Atom feeds, http(s)://…; read by 'recur fetch --kinds news'."""
+
+    locale: str = "en-US"
+    """Language edition of the venue's announcements."""
+
+    languages: tuple[str, ...] = ("en",)
+    """Two-letter languages to keep; items of another script are left out and counted."""
+
+    def __post_init__(self) -> None:
+        feed = _Rule("expected http(s):// addresses", lambda x: str(x).startswith(("http://", "https://")))
+        _verify(self, "news", {"feeds": feed, "locale": _Rule("expected a locale such as en-US", bool)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -409,6 +436,7 @@ class Config:
     store: StoreConfig = field(default_factory=StoreConfig)
     market: MarketConfig = field(default_factory=MarketConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
+    news: NewsConfig = field(default_factory=NewsConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

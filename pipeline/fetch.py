@@ -11,13 +11,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import polars as pl
 
 from recur.connectors.bybit import POINT_PAGE_ROWS, BybitConnector
-from recur.connectors.files import read_candles, read_funding, sniff
 from recur.connectors.windows import Window, count_bars
 from recur.pipeline.answered import (
     Answer,
@@ -44,7 +41,7 @@ from recur.vocabulary import (
     next_open,
 )
 
-__all__ = ["FetchPlan", "FetchRequest", "FetchSummary", "import_file", "plan_fetch", "run_fetch"]
+__all__ = ["FetchPlan", "FetchRequest", "FetchSummary", "plan_fetch", "run_fetch"]
 
 Task = Window | FundingRange
 
@@ -165,32 +162,3 @@ def _names(plan: FetchPlan) -> list[str]:
     asked = [w.series for w in plan.windows] + [f.series for f in plan.funding]
     names = list(dict.fromkeys(series_name(series) for series in asked))
     return [*names, f"bybit:{plan.request.category}:instruments"] if plan.instruments else names
-
-
-def import_file(store: Store, path: Path, category: str, now_ms: int) -> dict[str, Any]:
-    """Store the candles or funding of a file and say what came of it; UsageError when the file does not fit.
-
-    ``category`` is that of rows which do not name one; ``now_ms`` becomes their first-seen time.
-    """
-    started, source = time.monotonic(), f"file:{path.name}"
-    kind = sniff(path)
-    if kind == "funding":
-        frame = read_funding(path, category=category)
-        result = store.put_funding(frame, source=source, now_ms=now_ms)
-        keys = frame.select("category", "symbol").unique(maintain_order=True).iter_rows()
-        names = [series_name(Series(c, s, "", "funding")) for c, s in keys]
-    else:
-        frame = read_candles(path, category=category)
-        result = store.put_candles(frame, source=source, now_ms=now_ms)
-        columns = ("category", "symbol", "interval", "kind")
-        names = [str(Series(*key)) for key in frame.select(columns).unique(maintain_order=True).iter_rows()]
-    return {
-        "source": source,
-        "kind": kind,
-        "series": names,
-        "rows": frame.height,
-        "new": result.new,
-        "changed": result.changed,
-        "same": result.same,
-        "seconds": round(time.monotonic() - started, 3),
-    }

@@ -5,10 +5,8 @@ bytes ──connectors──▶ clean, dated items ──stories──▶ Store.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -16,10 +14,10 @@ import polars as pl
 from recur.connectors.announcements import as_items, key_of, read_pages
 from recur.connectors.bybit import BybitConnector
 from recur.connectors.feeds import download, in_languages, news_frame, read_feed
-from recur.connectors.newsfiles import read_news
+from recur.pipeline.config import NewsConfig
 from recur.pipeline.stories import WITHIN_MS, assign_stories
 from recur.storage.store import Store
-from recur.vocabulary import VenueError
+from recur.vocabulary import UsageError, VenueError
 
 
 def put_items(
@@ -56,15 +54,6 @@ def put_items(
     return {**result, "new": put.new, "changed": put.changed, "same": put.same, "repeats": repeats}
 
 
-def import_news(store: Store, path: Path, now_ms: int, languages: Sequence[str]) -> dict[str, Any]:
-    """Store the news of a file as an archive; UsageError when the file does not fit."""
-    started = time.monotonic()
-    done = put_items(
-        store, read_news(path), source=f"file:{path.name}", now_ms=now_ms, languages=languages, backfill=True
-    )
-    return {**done, "kind": "news", "seconds": round(time.monotonic() - started, 3)}
-
-
 def fetch_feeds(
     store: Store, urls: Sequence[str], now_ms: int, languages: Sequence[str]
 ) -> list[dict[str, Any]]:
@@ -80,6 +69,22 @@ def fetch_feeds(
         done.append(put_items(store, frame, source=url, now_ms=now_ms, languages=languages))
     if errors:
         raise errors[0]
+    return done
+
+
+def fetch_texts(
+    store: Store, connector: BybitConnector, kinds: Sequence[str], config: NewsConfig, now_ms: int
+) -> list[dict[str, Any]]:
+    """Bring in the ``announcements`` and the ``news`` feeds named by ``config``; what came of each source."""
+    done = []
+    if "announcements" in kinds:
+        done.append(fetch_announcements(store, connector, config.locale, now_ms))
+    if "news" in kinds:
+        if not config.feeds:
+            raise UsageError(
+                "There is no feed to read news from.", "Name some: --set 'news.feeds=[\"https://…/rss\"]'."
+            )
+        done += fetch_feeds(store, config.feeds, now_ms, config.languages)
     return done
 
 

@@ -19,7 +19,8 @@ from recur.connectors.sandbox.generated import GeneratedMarket
 from recur.connectors.sandbox.replay import ReplayMarket
 from recur.connectors.sandbox.server import SandboxServer, VirtualClock
 from recur.connectors.windows import Window
-from recur.pipeline.fetch import FetchRequest, FetchSummary, import_file, plan_fetch, run_fetch
+from recur.pipeline.fetch import FetchRequest, FetchSummary, plan_fetch, run_fetch
+from recur.pipeline.imports import import_file
 from recur.storage.store import Store
 from recur.vocabulary import (
     DAY_MS,
@@ -366,7 +367,7 @@ def test_a_file_becomes_candles_and_a_second_import_changes_nothing(tmp_path: Pa
     path = tmp_path / "bars.parquet"
     recorded({5}, 10).rename({"open_time": "ts"}).drop("kind").write_parquet(path)
     store = Store(tmp_path / "home")
-    summary = import_file(store, path, "linear", NOW)
+    summary = import_file(store, path, category="linear", languages=("en",), now_ms=NOW)
     del summary["seconds"]
     assert summary == {
         "source": "file:bars.parquet",
@@ -377,7 +378,7 @@ def test_a_file_becomes_candles_and_a_second_import_changes_nothing(tmp_path: Pa
         "changed": 0,
         "same": 0,
     }
-    assert import_file(store, path, "linear", NOW)["same"] == 9
+    assert import_file(store, path, category="linear", languages=("en",), now_ms=NOW)["same"] == 9
     assert hours(store.candles("linear", ["BTCUSDT"], "1h")) == [0, 1, 2, 3, 4, 6, 7, 8, 9]
 
 
@@ -387,7 +388,7 @@ def test_a_file_of_funding_becomes_funding(tmp_path: Path) -> None:
         "symbol,ts,funding_rate\nBTCUSDT,2025-07-01T00:00:00Z,0.0001\nBTCUSDT,2025-07-01T08:00:00Z,-0.0002\n"
     )
     store = Store(tmp_path / "home")
-    summary = import_file(store, path, "linear", NOW)
+    summary = import_file(store, path, category="linear", languages=("en",), now_ms=NOW)
     assert (summary["kind"], summary["series"], summary["new"]) == (
         "funding",
         ["bybit:linear:BTCUSDT:funding"],

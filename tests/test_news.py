@@ -17,7 +17,8 @@ from recur.connectors import announcements
 from recur.connectors.cleantext import clean, latin_share
 from recur.connectors.feeds import MAX_BYTES, download, read_feed
 from recur.connectors.newsfiles import read_news
-from recur.pipeline.news import import_news, put_items
+from recur.pipeline.imports import import_file
+from recur.pipeline.news import put_items
 from recur.storage.store import Store
 from recur.vocabulary import UsageError, VenueError, VenueRefused, VenueUnreachable, parse_time
 
@@ -216,7 +217,7 @@ def test_a_news_file_is_read_with_midnight_as_a_date(tmp_path: Path) -> None:
     )
     frame = read_news(path)
     assert frame["published_precision"].to_list() == ["day", "minute"]
-    done = import_news(Store(tmp_path / "home"), path, NOW, ("en",))
+    done = import_file(Store(tmp_path / "home"), path, category="linear", languages=("en",), now_ms=NOW)
     assert (done["new"], done["same"]) == (2, 0)
     assert Store(tmp_path / "home").news()["backfill"].to_list() == [True, True]
 
