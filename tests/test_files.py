@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 
 from recur.connectors.files import read_candles, read_funding, sniff
+from recur.connectors.pointfiles import read_points
 from recur.vocabulary import UsageError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -176,7 +177,7 @@ def test_funding_is_read_and_checked(tmp_path: Path) -> None:
 
 def test_sniffing_tells_candles_and_refuses_other_files(tmp_path: Path) -> None:
     assert sniff(csv(tmp_path, *GOOD)) == "candles"
-    with pytest.raises(UsageError, match="neither candles nor funding: found the columns text, label"):
+    with pytest.raises(UsageError, match="holds none of candles, funding, .*: found the columns text, label"):
         sniff(csv(tmp_path, "hello,1", header="text,label"))
 
 
@@ -187,3 +188,16 @@ def test_real_files_are_read_whole() -> None:
     assert spot.filter(pl.col("symbol") == "BTCUSDT").height == 71050
     assert read_funding(DATA / "funding_bybit.parquet").height == 9453
     assert sniff(DATA / "funding_bybit.parquet") == "funding"
+
+
+def test_open_interest_and_ratios_are_told_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "oi.csv"
+    path.write_text("symbol,interval,ts,open_interest\nBTCUSDT,1h,2025-01-01T00:00:00Z,70000.5\n")
+    assert sniff(path) == "open_interest"
+    (row,) = read_points(path, "open_interest").to_dicts()
+    assert (row["symbol"], row["interval"], row["open_interest"]) == ("BTCUSDT", "1h", 70000.5)
+    path = tmp_path / "ratio.csv"
+    path.write_text("symbol,interval,ts,buy_ratio,sell_ratio\nBTCUSDT,1h,2025-01-01T00:00:00Z,0.6,-1\n")
+    assert sniff(path) == "long_short"
+    with pytest.raises(UsageError, match="row 1: sell_ratio is no number of 0 or more"):
+        read_points(path, "long_short")
