@@ -66,13 +66,19 @@ def run_fetch(
     tasks: list[Task] = [*plan.windows, *plan.funding]
     workers = max(1, min(plan.request.workers or connector.workers, len(tasks)))
     errors: list[Exception] = []
+    pool = Parallel(tasks, partial(_ask, connector, plan), workers)
+    writer = Writer(store, connector, plan, summary)
     with store.session():
-        _record_start(store, plan)
-        writer = Writer(store, connector, plan, summary)
-        if plan.instruments:
-            writer.add(Instruments(connector.all_instruments(plan.request.category)))
-        pool = Parallel(tasks, partial(_ask, connector, plan), workers)
         try:
+            pool.start()  # the first answers are on their way while the store is opened
+            _record_start(store, plan)
+            if plan.instruments:
+                try:
+                    writer.add(Instruments(connector.all_instruments(plan.request.category)))
+                except VenueError as error:
+                    errors.append(error)
+                    if _is_hopeless(error):
+                        pool.stop()
             for n_done, outcome in enumerate(pool, start=1):
                 if outcome.result is not None:
                     writer.add(outcome.result)

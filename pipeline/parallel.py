@@ -28,7 +28,7 @@ class Outcome(Generic[Task, Result]):
 class Parallel(Generic[Task, Result]):
     """Iterate over it once to get an ``Outcome`` per task, in the order in which they finish.
 
-    Tasks start in the given order. At most ``ahead`` outcomes wait to be taken, so a slow consumer slows the
+    Tasks start in the given order, at ``start`` or with the iteration. At most ``ahead`` outcomes wait to be taken, so a slow consumer slows the
     work down and does not fill the memory.
     """
 
@@ -38,10 +38,17 @@ class Parallel(Generic[Task, Result]):
         self._tasks = iter(tasks)
         self._work = work
         self._workers = workers
-        self._stopped = False
+        self._started = self._stopped = False
         self._lock = threading.Lock()
         self._free = threading.Semaphore(max(ahead, workers))
         self._outcomes: queue.SimpleQueue[Outcome[Task, Result] | None] = queue.SimpleQueue()
+
+    def start(self) -> None:
+        """Begin to work, before anybody takes an outcome."""
+        if not self._started:
+            self._started = True
+            for number in range(self._workers):
+                threading.Thread(target=self._run, name=f"fetch-{number}", daemon=True).start()
 
     def stop(self) -> None:
         """Start no further task; those being worked on still give their outcome to whoever goes on iterating."""
@@ -49,8 +56,7 @@ class Parallel(Generic[Task, Result]):
         self._free.release(self._workers)
 
     def __iter__(self) -> Iterator[Outcome[Task, Result]]:
-        for number in range(self._workers):
-            threading.Thread(target=self._run, name=f"fetch-{number}", daemon=True).start()
+        self.start()
         running = self._workers
         while running:
             outcome = self._outcomes.get()

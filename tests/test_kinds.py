@@ -23,7 +23,16 @@ from recur.pipeline.fetch import FetchRequest, FetchSummary, plan_fetch, run_fet
 from recur.pipeline.plan import point_interval
 from recur.pipeline.symbols import expand
 from recur.storage.store import Store
-from recur.vocabulary import DAY_MS, HOUR_MS, DataMissing, Series, UsageError, VenueRefused, parse_time
+from recur.vocabulary import (
+    DAY_MS,
+    HOUR_MS,
+    DataMissing,
+    Series,
+    UsageError,
+    VenueError,
+    VenueRefused,
+    parse_time,
+)
 
 START = parse_time("2025-07-01")
 NOW = parse_time("2025-07-21T00:30")
@@ -52,6 +61,12 @@ class Exchange:
     maintenance: list[dict[str, str]] = field(default_factory=list)
     cut: int = 1000
     asked: list[str] = field(default_factory=list)
+    tickers: list[Any] = field(
+        default_factory=lambda: [
+            {"symbol": symbol, "turnover24h": amount, "volume24h": "1"}
+            for symbol, amount in {"BTCUSDT": "9000", "ETHUSDT": "7000", "SOLUSDC": "8000"}.items()
+        ]
+    )
     listed: list[dict[str, Any]] = field(
         default_factory=lambda: [
             instrument("BTCUSDT"),
@@ -84,8 +99,7 @@ class Exchange:
             wanted = query.get("status", "Trading")
             return {"list": [row for row in self.listed if row["status"] == wanted], "nextPageCursor": ""}
         if kind == "tickers":
-            amounts = {"BTCUSDT": "9000", "ETHUSDT": "7000", "SOLUSDC": "8000"}
-            return {"list": [{"symbol": s, "turnover24h": a, "volume24h": "1"} for s, a in amounts.items()]}
+            return {"list": self.tickers}
         if kind == "status":
             return {"list": self.maintenance}
         return {"timeSecond": str(self.now_ms // 1000)}
@@ -259,6 +273,19 @@ def test_a_snapshot_holds_delisted_instruments_and_turnover(exchange: Running, t
         "BTCUSDT", "ETHUSDT", "GONEUSDT", "SOLUSDC"
     ]  # fmt: skip
     assert "GONEUSDT" not in store.universe("linear", GONE)["symbol"].to_list()
+
+
+def test_a_snapshot_that_fails_does_not_cost_the_candles(exchange: Running, tmp_path: Path) -> None:
+    venue, url = exchange
+    tickers = venue.tickers
+    venue.tickers = ["BTCUSDT"]
+    with pytest.raises(VenueError, match="tickers of linear: The answer's list is not a list of rows"):
+        fetch(tmp_path, url, kinds=("candles", "instruments"), since_ms=START)
+    store = Store(tmp_path)
+    assert store.candles("linear", ["BTCUSDT"], "1h").height == 480
+    assert store.instruments("linear").is_empty()
+    venue.tickers = tickers
+    assert fetch(tmp_path, url, kinds=("candles", "instruments")).new == 4
 
 
 def test_the_plan_counts_the_requests_of_every_kind(exchange: Running, tmp_path: Path) -> None:
