@@ -133,13 +133,13 @@ def content_hash(name: str, frame: pl.DataFrame) -> str:
     digest = hashlib.sha256(f"{name}\n{','.join(frame.columns)}\n".encode())
     for column in frame.iter_columns():
         if column.dtype.is_temporal():
-            digest.update(memoryview(np.ascontiguousarray(column.dt.timestamp("ms").to_numpy(), dtype="<i8")))
+            digest.update(np.ascontiguousarray(column.dt.timestamp("ms").to_numpy(), dtype="<i8").data)
             continue
         values = np.ascontiguousarray(column.to_numpy(), dtype="<f8")
         absent = np.isnan(values)
         if absent.any() or not values.all():  # one NaN for all, and no negative zero
             values = np.where(absent, np.nan, values + 0.0)
-        digest.update(memoryview(values))
+        digest.update(values.data)
     return digest.hexdigest()
 
 

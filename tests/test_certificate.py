@@ -230,7 +230,7 @@ def test_allowed_gaps_are_trained_on(tmp_path: Path) -> None:
     config = replace(
         config,
         model=replace(config.model, hidden=4, layers=1),
-        train=replace(config.train, epochs=1, horizons=(1,), window=32, burn_in=8, val_days=10, device="cpu"),
+        train=replace(config.train, epochs=1, window=32, burn_in=8, val_days=10, device="cpu"),
     )
     metrics = train_price(tmp_path, config, resume=None, progress=False, allow_gaps=True)
     assert len(metrics["val_pinball"]) == 1
