@@ -224,6 +224,18 @@ def test_training_and_backtests_refuse_a_range_with_an_unexplained_hole(tmp_path
         run_backtest(tmp_path, configured(), run=None, progress=False)
 
 
+def test_allowed_gaps_are_trained_on(tmp_path: Path) -> None:
+    two_pieces(tmp_path)
+    config = configured()
+    config = replace(
+        config,
+        model=replace(config.model, hidden=4, layers=1),
+        train=replace(config.train, epochs=1, window=32, burn_in=8, val_days=10, device="cpu"),
+    )
+    metrics = train_price(tmp_path, config, resume=None, progress=False, allow_gaps=True)
+    assert len(metrics["val_pinball"]) == 1
+
+
 def test_a_range_beside_the_hole_and_an_explained_hole_are_not_refused(tmp_path: Path) -> None:
     store = two_pieces(tmp_path)
     refuse_unexplained(store, configured(), None, hour(700))
