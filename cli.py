@@ -438,9 +438,15 @@ def fetch(
     wait_ban: Annotated[
         bool, typer.Option("--wait-ban", help="Wait when the venue bans this address, instead of failing.")
     ] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Then bring in each bar as it closes.")] = False,
+    for_: Annotated[
+        str | None, typer.Option("--for", metavar="DURATION", help="Follow so long: 90s, 20m, 24h, 7d.")
+    ] = None,
 ) -> None:
     """Bring the store up to date from the venue, the sandbox, or files. Symbols may be *USDT or top:20."""
     state: State = ctx.obj
+    if for_ is not None and not follow:
+        raise UsageError("--for says how long to follow, and --follow was not given.")
     if since is not None and days is not None:
         raise UsageError("Both --since and --days were given.", "Give one of them.")
     words = _words(symbols) or []
@@ -454,12 +460,13 @@ def fetch(
             guess = did_you_mean(name, ("bybit", "sandbox"))
             raise UsageError(f"Source '{name}' is neither bybit, sandbox nor a file.{guess}")
     span = (_time(since), _time(until))
+    if follow and (len(sources) > 1 or sources[0] not in ("bybit", "sandbox")):
+        raise UsageError("--follow needs one venue to follow.", "Give --source bybit or --source sandbox.")
     results = []
     for name in sources:
         if name in ("bybit", "sandbox"):
-            done = _fetch_venue(
-                state, *_asked_of_venue(state, config, name, words, span, days, dry_run, wait_ban)
-            )
+            asked = _asked_of_venue(state, config, name, words, span, days, dry_run, wait_ban)
+            done = _follow_venue(state, *asked, for_) if follow else _fetch_venue(state, *asked)
         elif dry_run:
             done = {"file": name, "windows": 0, "requests": 0}
         else:
@@ -473,7 +480,7 @@ def fetch(
             if dry_run and (series := result.get("series")):
                 columns = ["series", "since", "until", "windows", "bars"]
                 _table("To ask", columns, ([row.get(key) for key in columns] for row in series))
-            _pairs("Plan" if dry_run else "Fetched", result)
+            _pairs("Plan" if dry_run else "Followed" if follow else "Fetched", result)
             if reasons := result.get("reasons"):
                 _table("Missing bars", ["reason", "bars"], reasons.items())
 
@@ -521,6 +528,27 @@ def _fetch_venue(
         return dict(plan.as_dict())
     with _progress(state, "fetching") as on_progress:
         return dict(run_fetch(store, connector, plan, on_progress).as_dict())
+
+
+def _follow_venue(
+    state: State, store: Store, connector: BybitConnector, request: FetchRequest, duration: str | None
+) -> dict[str, Any]:
+    """Follow until the time is up, Ctrl-C or a polite kill: all three are a normal end."""
+    import threading
+
+    from recur.pipeline.follow import Follower, seconds_of
+
+    for_s = None if duration is None else seconds_of(duration)
+    say = (lambda line: None) if state.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+    follower = Follower(store, connector, request, for_s=for_s, say=say)
+    with _until_signalled() as wait:
+
+        def end() -> None:
+            wait()
+            follower.stop()
+
+        threading.Thread(target=end, daemon=True).start()
+        return follower.run().as_dict()
 
 
 @app.command()

@@ -95,6 +95,10 @@ class AttachedFile:
     def attached(self) -> bool:
         return self._control is not None
 
+    @property
+    def read_only(self) -> bool:
+        return self._read_only
+
     def attach(self, read_only: bool) -> None:
         """Attach the file, or raise what DuckDB raises (the file may be held by another process)."""
         global _names

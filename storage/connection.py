@@ -103,6 +103,8 @@ def write_connection(path: Path, wait_s: float) -> Iterator[duckdb.DuckDBPyConne
             f"Cannot make the workspace folder {path.parent}: {error.strerror}.", "Give another --home."
         ) from error
     with _turn(path, wait_s) as file:
+        if file.attached and file.read_only:  # a thread of an open session has read before anyone wrote
+            file.detach()
         if not file.attached:
             _attach(file, read_only=False, wait_s=wait_s)
         try:

@@ -355,3 +355,12 @@ def test_a_workspace_that_cannot_be_made_is_a_usage_error(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="Cannot make the workspace folder"):
         Store(tmp_path / "file" / "home").put_windows([window(1)], source="x", now_ms=T0)
+
+
+def test_a_write_in_a_session_takes_over_what_a_read_has_attached(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.put_candles(bars(BTC, hours(3)), source="test", now_ms=1)
+    with store.session():
+        assert store.candles().height == 3
+        store.put_candles(bars(BTC, hours(2, 3)), source="test", now_ms=2)
+        assert store.candles().height == 5

@@ -14,7 +14,9 @@ import websocket
 
 from recur.connectors.sandbox.generated import GeneratedMarket
 from recur.connectors.sandbox.server import SandboxServer, VirtualClock
+from recur.connectors.sandbox.stream import Streams
 from recur.vocabulary import MINUTE_MS, parse_time
+from tests.following import Fault
 
 NOW = parse_time("2025-07-02T00:02:30")
 MIDNIGHT = parse_time("2025-07-02")
@@ -173,6 +175,21 @@ def test_a_linear_ticker_comes_whole_and_then_as_what_changed_a_spot_ticker_alwa
     assert (second["type"], second_spot["type"]) == ("delta", "snapshot")
     assert {"symbol", "lastPrice", "markPrice"} <= set(second["data"]) < set(first["data"])
     assert set(second_spot["data"]) == set(first_spot["data"])
+
+
+def test_a_ticker_delta_may_come_before_its_snapshot(
+    sandbox: SandboxServer, plain: Callable[[str], Plain]
+) -> None:
+    """74: the fault ``delta-first``."""
+
+    class DeltaFirst:
+        def take(self, endpoint: str, symbol: str, now_ms: int) -> Fault | None:
+            return Fault("delta-first") if endpoint == "stream/tickers" else None
+
+    sandbox.streams = Streams(sandbox.streams.world, sandbox.endpoints, sandbox.clock, DeltaFirst())
+    client = plain("linear")
+    client.ask(op="subscribe", args=["tickers.BTCUSDT"])
+    assert client.next()["type"] == "delta"
 
 
 def test_an_unsubscribed_topic_falls_silent(sandbox: SandboxServer, plain: Callable[[str], Plain]) -> None:
