@@ -23,7 +23,7 @@ FORMS = {
     "retcode-malformed": "missing|null|text",
     "result-malformed": "null|list|no-list",
     "json-not-an-object": "list|null|nan",
-    "malformed-number": "empty|zero|tiny|exponent|nan|huge|comma",
+    "malformed-number": "empty|exponent|nan|huge|comma",
     "impossible-bar": "crossed|negative-volume",
     "wrong-timestamp": "misaligned|future",
     "row-order": "ascending|shuffled",
@@ -42,6 +42,10 @@ def storm(probability: float) -> list[Rule]:
     rules = [Rule(name, probability=probability) for name in PLAIN]
     for name, forms in FORMS.items():
         rules += [Rule(name, probability=probability, options={"form": form}) for form in forms.split("|")]
+    for form in ("zero", "tiny"):  # a premium may well be that, so there nobody could tell
+        rules.append(
+            Rule("malformed-number", "/v5/market/kline", probability=probability, options={"form": form})
+        )
     for seconds in (-5.0, 5.0):
         rules.append(Rule("clock-skew", probability=probability, options={"seconds": seconds}))
     for name, seconds in (("latency-spike", 0.4), ("connect-refused", 0.01), ("drip", 0.1)):
