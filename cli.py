@@ -36,6 +36,8 @@ from recur.vocabulary import (
 )
 
 if TYPE_CHECKING:
+    from threading import Event
+
     from recur.connectors.bybit import BybitConnector
     from recur.connectors.sandbox.world import World
     from recur.pipeline.plan import FetchRequest
@@ -561,14 +563,19 @@ def _follow_venue(
     for_s = None if duration is None else seconds_of(duration)
     say = (lambda line: None) if state.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
     follower = Follower(store, connector, request, for_s=for_s, say=say)
-    with _until_signalled() as wait:
+    with _until_signalled() as ended:
 
         def end() -> None:
-            wait()
+            _wait_for(ended)
             follower.stop()
 
-        threading.Thread(target=end, daemon=True).start()
-        return follower.run().as_dict()
+        ender = threading.Thread(target=end)
+        ender.start()
+        try:
+            return follower.run().as_dict()
+        finally:
+            ended.set()
+            ender.join()
 
 
 @app.command()
@@ -938,7 +945,7 @@ def sandbox_serve(
         world, VirtualClock(now_ms, speed), port=port, enforce_limit=enforce_limit, faults=plan,
         latency_s=latency_ms / 1000,
     )  # fmt: skip
-    with _until_signalled() as wait:
+    with _until_signalled() as ended:
         try:
             url = server.start()
         except OSError as error:
@@ -947,7 +954,7 @@ def sandbox_serve(
             ) from None
         try:
             state.result({"url": url, "now": iso(now_ms)}, lambda: print(url, flush=True))
-            wait()
+            _wait_for(ended)
         finally:
             server.stop()
 
@@ -967,8 +974,8 @@ def _replayed(paths: Sequence[Path]) -> World:
 
 
 @contextlib.contextmanager
-def _until_signalled() -> Iterator[Callable[[], None]]:
-    """Gives a function that waits for Ctrl-C or a polite kill, both a normal end."""
+def _until_signalled() -> Iterator[Event]:
+    """Gives an event that Ctrl-C or a polite kill sets: both are a normal end."""
     import signal
     import threading
 
@@ -976,13 +983,13 @@ def _until_signalled() -> Iterator[Callable[[], None]]:
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda *_: ended.set()) for number in signals]
     try:
-        yield lambda: _wait_for(ended)
+        yield ended
     finally:
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
 
 
-def _wait_for(event: Any) -> None:
+def _wait_for(event: Event) -> None:
     while not event.wait(0.5):
         pass
 
