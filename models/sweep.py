@@ -1,0 +1,32 @@
+"""Back-propagation through time for recurrences whose gates have been reduced to two factors per step.
+
+Many cells have a Jacobian of one shape, ∂h_t/∂h_{t−1} = diag(κ_t) + Σ_k diag(φ_tk) W_k: a part that is kept and k
+pre-activations that read the state through W (kN, N). Once κ and φ are known for all steps, which is plain arithmetic
+on whole tensors, only three operations per step are left, and every weight gradient is one matrix product afterwards.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sweep(grad: Tensor, keep: Tensor | None, factors: Tensor, w: Tensor) -> Tensor:
+    """Adjoint states, (T + 1, B, N), the first being that of the state before the sequence.
+
+    ``grad`` (T, B, N) is ∂L/∂h as it comes from outside, ``keep`` κ (T or 1, B or 1, N), None for 0, ``factors`` φ
+    (T, B, kN), ``w`` (kN, N). In place ``factors`` becomes the gradient of the pre-activations, φ ∘ ∂L/∂h.
+    """
+    steps, batch, n = grad.shape
+    adjoint = torch.cat([grad.new_zeros(1, batch, n), grad])
+    states = adjoint.unbind(0)
+    wide = factors.view(steps, batch, -1, n).unbind(0)
+    flat = factors.unbind(0)
+    kept = keep.expand(steps, -1, -1).unbind(0) if keep is not None else None
+    for t in range(steps - 1, -1, -1):
+        now, earlier = states[t + 1], states[t]
+        wide[t].mul_(now[:, None])
+        if kept is not None:
+            earlier.addcmul_(now, kept[t])
+        earlier.addmm_(flat[t], w)
+    return adjoint
