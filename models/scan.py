@@ -28,14 +28,14 @@ def _conj(x: Tensor) -> Tensor:
     return x.conj().resolve_conj() if x.is_complex() else x
 
 
-def _sequential(gates: Sequence[Tensor], steps: Sequence[Tensor], before: Tensor) -> None:
+def sequential(gates: Sequence[Tensor], steps: Sequence[Tensor], before: Tensor) -> None:
     """In place: steps[t] (B, N), which holds b_t, becomes h_t = gates[t] ∘ h_{t−1} + b_t."""
     for gate, now in zip(gates, steps, strict=True):
         now.addcmul_(gate, before)
         before = now
 
 
-def _doubling(a: Tensor, h: Tensor, before: Tensor) -> None:
+def doubling(a: Tensor, h: Tensor, before: Tensor) -> None:
     """The same over the whole h (T, B, N), in ⌈log2 T⌉ passes."""
     h[0] += a[0] * before
     a = a.expand(h.shape).clone()
@@ -50,9 +50,9 @@ def _solve(a: Tensor, h: Tensor, h0: Tensor) -> None:
     """In place: h (T, B, N) holding b becomes the states; a (T or 1, B or 1, N), h0 (B, N)."""
     if h.device.type == "cpu":
         gates = a.unbind(0) if a.shape[0] > 1 else (a[0],) * h.shape[0]
-        _sequential(gates, h.unbind(0), h0)
+        sequential(gates, h.unbind(0), h0)
     else:
-        _doubling(a, h, h0)
+        doubling(a, h, h0)
 
 
 def _solve_adjoint(a: Tensor, g: Tensor) -> Tensor:
@@ -60,12 +60,12 @@ def _solve_adjoint(a: Tensor, g: Tensor) -> Tensor:
     if g.device.type == "cpu":
         gates = a.unbind(0)[:0:-1] if a.shape[0] > 1 else (a[0],) * (g.shape[0] - 1)
         back = g.unbind(0)[::-1]
-        _sequential(gates, back[1:], back[0])
+        sequential(gates, back[1:], back[0])
         return g
     if a.shape[0] > 1:  # the first gate of the reversed scan acts on nothing
         a = torch.cat([a[:1], a[1:].flip(0)])
     g = g.flip(0)
-    _doubling(a, g, torch.zeros_like(g[0]))
+    doubling(a, g, torch.zeros_like(g[0]))
     return g.flip(0)
 
 
