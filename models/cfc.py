@@ -31,7 +31,15 @@ class _ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, v: Tensor, bias: Tensor, w: Tensor, q: Tensor, c: Tensor, time: Tensor, h0: Tensor
+        ctx: Any,
+        x: Tensor,
+        v: Tensor,
+        bias: Tensor,
+        w: Tensor,
+        q: Tensor,
+        c: Tensor,
+        time: Tensor,
+        h0: Tensor,
     ) -> Tensor:
         steps, batch, _ = x.shape
         n = h0.shape[1]
@@ -40,7 +48,16 @@ class _ClosedForm(torch.autograd.Function):
         h, gate = x.new_empty(steps, batch, n), x.new_empty(steps, batch, n)
         times = time.expand(steps, -1, -1)
         wt, qt, before = (_SLOPE * w).T, (_STRETCH * q).T, h0
-        lists = (s, heads, heads[..., : 2 * n], heads[..., 2 * n : 3 * n], heads[..., 3 * n :], gate, h, times)
+        lists = (
+            s,
+            heads,
+            heads[..., : 2 * n],
+            heads[..., 2 * n : 3 * n],
+            heads[..., 3 * n :],
+            gate,
+            h,
+            times,
+        )
         for s_t, head, both, a, b, g, now, dt in zip(*(part.unbind(0) for part in lists), strict=True):
             torch.addmm(c, s_t.addmm_(before, wt).tanh_(), qt, out=head)
             both.tanh_()

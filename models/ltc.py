@@ -34,7 +34,15 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, v: Tensor, bias: Tensor, w: Tensor, leak: Tensor, target: Tensor, h: Tensor, x0: Tensor
+        ctx: Any,
+        u: Tensor,
+        v: Tensor,
+        bias: Tensor,
+        w: Tensor,
+        leak: Tensor,
+        target: Tensor,
+        h: Tensor,
+        x0: Tensor,
     ) -> Tensor:
         steps, batch, _ = u.shape
         drive = torch.addmm(bias, u.reshape(steps * batch, -1), v.T).view(steps, batch, -1)

@@ -28,16 +28,27 @@ def _conj(x: Tensor) -> Tensor:
     return x.conj().resolve_conj() if x.is_complex() else x
 
 
-def sequential(gates: Sequence[Tensor], steps: Sequence[Tensor], before: Tensor) -> None:
-    """In place: steps[t] (B, N), which holds b_t, becomes h_t = gates[t] ∘ h_{t−1} + b_t."""
+def _run(gates: Sequence[Tensor], steps: Sequence[Tensor], before: Tensor) -> None:
     for gate, now in zip(gates, steps, strict=True):
         now.addcmul_(gate, before)
         before = now
 
 
-def doubling(a: Tensor, h: Tensor, before: Tensor) -> None:
-    """The same over the whole h (T, B, N), in ⌈log2 T⌉ passes."""
-    h[0] += a[0] * before
+def sequential(a: Tensor, h: Tensor, h0: Tensor) -> None:
+    """In place, step by step: h (T, B, N) holding b becomes the states; a (T or 1, B or 1, N), h0 (B, N)."""
+    _run(a.unbind(0) if a.shape[0] > 1 else (a[0],) * h.shape[0], h.unbind(0), h0)
+
+
+def sequential_adjoint(a: Tensor, g: Tensor) -> Tensor:
+    """g (T, B, N) holding ∂L/∂h becomes the adjoint, g_t += a_{t+1} ∘ g_{t+1}; a is conjugated already."""
+    back = g.unbind(0)[::-1]
+    _run(a.unbind(0)[:0:-1] if a.shape[0] > 1 else (a[0],) * (g.shape[0] - 1), back[1:], back[0])
+    return g
+
+
+def doubling(a: Tensor, h: Tensor, h0: Tensor) -> None:
+    """As :func:`sequential`, in ⌈log2 T⌉ passes over the whole."""
+    h[0] += a[0] * h0
     a = a.expand(h.shape).clone()
     distance = 1
     while distance < h.shape[0]:
@@ -46,22 +57,8 @@ def doubling(a: Tensor, h: Tensor, before: Tensor) -> None:
         distance *= 2
 
 
-def _solve(a: Tensor, h: Tensor, h0: Tensor) -> None:
-    """In place: h (T, B, N) holding b becomes the states; a (T or 1, B or 1, N), h0 (B, N)."""
-    if h.device.type == "cpu":
-        gates = a.unbind(0) if a.shape[0] > 1 else (a[0],) * h.shape[0]
-        sequential(gates, h.unbind(0), h0)
-    else:
-        doubling(a, h, h0)
-
-
-def _solve_adjoint(a: Tensor, g: Tensor) -> Tensor:
-    """g (T, B, N) holding ∂L/∂h becomes the adjoint, g_t += a_{t+1} ∘ g_{t+1}; a as above, conjugated already."""
-    if g.device.type == "cpu":
-        gates = a.unbind(0)[:0:-1] if a.shape[0] > 1 else (a[0],) * (g.shape[0] - 1)
-        back = g.unbind(0)[::-1]
-        sequential(gates, back[1:], back[0])
-        return g
+def doubling_adjoint(a: Tensor, g: Tensor) -> Tensor:
+    """As :func:`sequential_adjoint`, into a new tensor."""
     if a.shape[0] > 1:  # the first gate of the reversed scan acts on nothing
         a = torch.cat([a[:1], a[1:].flip(0)])
     g = g.flip(0)
@@ -73,7 +70,7 @@ class _LinearScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
         h = b.clone(memory_format=torch.contiguous_format)
-        _solve(a, h, h0)
+        (sequential if h.device.type == "cpu" else doubling)(a, h, h0)
         ctx.save_for_backward(a, h, h0)
         return h
 
@@ -82,7 +79,8 @@ class _LinearScan(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         a, h, h0 = ctx.saved_tensors
         back = _conj(a)
-        g = _solve_adjoint(back, grad.clone(memory_format=torch.contiguous_format))
+        g = grad.clone(memory_format=torch.contiguous_format)
+        g = (sequential_adjoint if g.device.type == "cpu" else doubling_adjoint)(back, g)
         d_a = d_h0 = None
         if ctx.needs_input_grad[0]:
             full = torch.empty_like(g)

@@ -46,7 +46,9 @@ def wiring(units: int, fan_in: int = FAN_IN) -> Tensor:
     n = units // block
     k = min(n, max(1, fan_in // block))
     generator = torch.Generator().manual_seed(units)
-    shifts = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(n - 1, generator=generator)[: k - 1]])
+    shifts = torch.cat(
+        [torch.zeros(1, dtype=torch.long), 1 + torch.randperm(n - 1, generator=generator)[: k - 1]]
+    )
     label = torch.randperm(n, generator=generator)
     return label[(label.argsort()[:, None] + shifts) % n]
 
@@ -57,7 +59,14 @@ class _Sparse(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, w_in: Tensor, bias: Tensor, w: Tensor, time: Tensor | None, x0: Tensor, hears: Tensor
+        ctx: Any,
+        u: Tensor,
+        w_in: Tensor,
+        bias: Tensor,
+        w: Tensor,
+        time: Tensor | None,
+        x0: Tensor,
+        hears: Tensor,
     ) -> Tensor:
         steps, _, batch = u.shape
         blocks, places = hears.shape
@@ -145,7 +154,15 @@ class SparseLayer(RowLayer):
     ) -> tuple[Tensor, State]:
         time = None if elapsed is None else elapsed.T[:, None].to(u.dtype)  # (T, 1, B)
         first = u.permute(1, 2, 0)  # (T, F, B)
-        args = (first, self.w_in, self.bias[:, None], self.weight, time, state["x"].T.contiguous(), self.hears)
+        args = (
+            first,
+            self.w_in,
+            self.bias[:, None],
+            self.weight,
+            time,
+            state["x"].T.contiguous(),
+            self.hears,
+        )
         y = cast(Tensor, _Sparse.apply(*args)).permute(2, 0, 1)  # type: ignore[no-untyped-call]
         return y, {"x": after(y, state["x"], lengths)}
 

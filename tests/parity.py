@@ -28,7 +28,9 @@ def build(make: Make, layers: int = 2, dtype: torch.dtype = torch.float64) -> An
 
 
 def inputs(length: int, seed: int = 1) -> Tensor:
-    return torch.randn(BATCH, length, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        BATCH, length, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def marks(length: int, seed: int = 2) -> Steps:
