@@ -67,14 +67,14 @@ class _ClosedForm(torch.autograd.Function):
         return h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, v, w, q, time, h0, s, heads, gate, h = ctx.saved_tensors
         n = h0.shape[1]
         one = torch.ones((), dtype=h.dtype, device=h.device)
         f1, f2 = heads[..., :n], heads[..., n : 2 * n]
         factors = torch.empty_like(heads)
-        d_1, d_2, d_a, d_b = factors.split(n, dim=-1)
+        d_1, d_2, d_a, d_b = factors.chunk(4, dim=-1)
         torch.addcmul(one, f1, f1, value=-1, out=d_1)
         d_1.mul_(1 - gate)
         torch.addcmul(one, f2, f2, value=-1, out=d_2)

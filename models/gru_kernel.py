@@ -44,16 +44,16 @@ class _ResetAfter(torch.autograd.Function):
         return h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w_i, w_h, h0, gates, new, h = ctx.saved_tensors
         n = h0.shape[1]
-        r, z, m = gates.split(n, dim=-1)
+        r, z, m = gates.chunk(3, dim=-1)
         before = torch.cat([h0[None], h[:-1]])
         one = torch.ones((), dtype=h.dtype, device=h.device)
         slope_n = torch.addcmul(one, new, new, value=-1).mul_(1 - z)  # (1 − z)(1 − n²)
         factors = torch.empty_like(gates)
-        f_r, f_z, f_m = factors.split(n, dim=-1)
+        f_r, f_z, f_m = factors.chunk(3, dim=-1)
         torch.mul(slope_n, r, out=f_m)
         torch.mul(f_m, m, out=f_r)
         f_r.mul_(1 - r)
@@ -93,16 +93,16 @@ class _ResetBefore(torch.autograd.Function):
         return h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w, u, h0, rz, new, reset, h = ctx.saved_tensors
         n = h0.shape[1]
-        r, z = rz.split(n, dim=-1)
+        r, z = rz.chunk(2, dim=-1)
         before = torch.cat([h0[None], h[:-1]])
         keep = 1 - z
         one = torch.ones((), dtype=h.dtype, device=h.device)
         factors = torch.empty(*h.shape[:2], 3 * n, dtype=h.dtype, device=h.device)
-        f_r, f_z, f_n = factors.split(n, dim=-1)
+        f_r, f_z, f_n = factors.chunk(3, dim=-1)
         torch.mul(before, r, out=f_r)
         f_r.mul_(1 - r)
         torch.sub(new, before, out=f_z)

@@ -36,7 +36,7 @@ class _Leaky(torch.autograd.Function):
         return h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, v, w, keep, h0, n, h = ctx.saved_tensors
         factors = torch.addcmul(torch.ones((), dtype=n.dtype, device=n.device), n, n, value=-1)

@@ -33,19 +33,23 @@ class LSTMLayer(RowLayer):
         super().__init__()
         self.d_in, self.d_out = d_in, d_out
         self.rnn = nn.LSTM(d_in, d_out, batch_first=True)
+        w, u, b, c = self.weights()
         with torch.no_grad():
-            for gate in self.rnn.weight_hh_l0.chunk(4):
+            for gate in u.chunk(4):
                 nn.init.orthogonal_(gate)
-            for gate in self.rnn.weight_ih_l0.chunk(4):
+            for gate in w.chunk(4):
                 nn.init.xavier_uniform_(gate)
-            self.rnn.bias_hh_l0.zero_()
-            self.rnn.bias_ih_l0.zero_()
-            b_i, b_f, _, _ = self.rnn.bias_ih_l0.chunk(4)
-            b_f.copy_(memory_bias(d_out))
-            b_i.copy_(-b_f)
+            forget = memory_bias(d_out)
+            b.copy_(torch.cat([-forget, forget, torch.zeros(2 * d_out)]))
+            c.zero_()
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(W (4D, F), U (4D, D), b (4D,), c (4D,)); the biases are added."""
+        w, u, b, c = (getattr(self.rnn, f"{n}_l0") for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        return w, u, b, c
 
     def init_state(self, batch: int) -> State:
-        zero = self.rnn.weight_hh_l0.new_zeros(batch, self.d_out)
+        zero = self.weights()[1].new_zeros(batch, self.d_out)
         return {"h": zero, "c": zero}
 
     def kernel(
@@ -57,19 +61,18 @@ class LSTMLayer(RowLayer):
             return y, {"h": h[0], "c": c[0]}
         # The kernel tells c after the last column only. A further input closes the input gate and opens the forget
         # gate after the end of a row, so that c stays what it was.
-        w, d = self.rnn.weight_ih_l0, self.d_out
+        (w, *others), d = self.weights(), self.d_out
         past = torch.arange(u.shape[1], device=u.device) >= lengths[:, None]
         flag = torch.cat([w.new_full((d,), -_SURE), w.new_full((d,), _SURE), w.new_zeros(2 * d)])
-        weights = [torch.cat([w, flag[:, None]], 1), self.rnn.weight_hh_l0]
-        weights += [self.rnn.bias_ih_l0, self.rnn.bias_hh_l0]
+        weights = [torch.cat([w, flag[:, None]], 1), *others]
         marked = torch.cat([u, past.to(u.dtype)[..., None]], -1)
         y, _, c = torch.lstm(marked, (h0, c0), weights, True, 1, 0.0, self.training, False, True)
         return y, {"h": after(y, state["h"], lengths), "c": c[0]}
 
     def step(self, u_t: Tensor, state: State, steps: Steps | None = None) -> tuple[Tensor, State]:
         state = restart(steps, state, self.init_state(u_t.shape[0]))
-        gates = nn.functional.linear(u_t, self.rnn.weight_ih_l0, self.rnn.bias_ih_l0)
-        gates = gates + nn.functional.linear(state["h"], self.rnn.weight_hh_l0, self.rnn.bias_hh_l0)
+        w, u, b, c = self.weights()
+        gates = nn.functional.linear(u_t, w, b) + nn.functional.linear(state["h"], u, c)
         i, f, g, o = gates.chunk(4, dim=-1)
         c = torch.sigmoid(f) * state["c"] + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)

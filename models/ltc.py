@@ -61,7 +61,7 @@ class _Fused(torch.autograd.Function):
         return x.view(steps, UNFOLDS, *x0.shape)[:, -1].clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         u, v, w, _, target, h, x0, f, x, below = ctx.saved_tensors
         steps = grad.shape[0]

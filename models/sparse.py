@@ -91,7 +91,7 @@ class _Sparse(torch.autograd.Function):
         return x.view(steps, -1, batch)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         u, w_in, w, time, x0, hears, drive, keep, x = ctx.saved_tensors
         steps, blocks, size, batch = x.shape
@@ -169,7 +169,7 @@ class SparseLayer(RowLayer):
     def step(self, u_t: Tensor, state: State, steps: Steps | None = None) -> tuple[Tensor, State]:
         state = restart(steps, state, self.init_state(u_t.shape[0]))
         x = state["x"]
-        heard = x.unflatten(1, (-1, self.block))[:, self.hears].flatten(2)  # (B, blocks, K·P)
+        heard = x.reshape(x.shape[0], -1, self.block)[:, self.hears].flatten(2)  # (B, blocks, K·P)
         both = linear(u_t, self.w_in, self.bias).view(*heard.shape[:2], -1)
         both = both + torch.einsum("bnk,npk->bnp", heard, self.weight)
         new, gate = (part.flatten(1) for part in both.chunk(2, dim=2))

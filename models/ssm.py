@@ -86,7 +86,7 @@ class SSMLayer(nn.Module):
             a, b = mark_scan(a, b, steps)
             x = self._flat(linear_scan(a, b, self._states(x0.flatten(1))))  # (T, B, parts · N)
             y = self._out(self.c(x).transpose(0, 1), v, u)
-        end = {"x": x[-1].unflatten(-1, x0.shape[1:])}
+        end = {"x": x[-1].view_as(x0)}
         return (y if valid is None else torch.where(valid[..., None], y, torch.zeros_like(y))), end
 
     def step(self, u_t: Tensor, state: State, steps: Steps | None = None) -> tuple[Tensor, State]:
@@ -96,7 +96,7 @@ class SSMLayer(nn.Module):
         v = self.norm(u_t)
         x = self._flat(a * self._states(state["x"].flatten(1)) + hold * self._states(self.b(v)))
         y = self._out(self.c(x), v, u_t)
-        return keep_invalid(steps, y, {"x": x.unflatten(-1, state["x"].shape[1:])}, state)
+        return keep_invalid(steps, y, {"x": x.view_as(state["x"])}, state)
 
     def _out(self, y: Tensor, v: Tensor, u: Tensor) -> Tensor:
         y = gelu(y + self.d(v))
@@ -105,7 +105,7 @@ class SSMLayer(nn.Module):
 
     def _states(self, flat: Tensor) -> Tensor:
         """(…, parts · N), the parts of a state beside each other, as numbers (…, N)."""
-        return flat if self.parts == 1 else torch.view_as_complex(flat.unflatten(-1, (-1, 2)))
+        return flat if self.parts == 1 else torch.view_as_complex(flat.reshape(*flat.shape[:-1], -1, 2))
 
     def _flat(self, x: Tensor) -> Tensor:
         return x if self.parts == 1 else torch.view_as_real(x).flatten(-2)
@@ -114,7 +114,8 @@ class SSMLayer(nn.Module):
         """The rows (parts · N, F) of B times ``hold`` (N,): a constant step needs no product per bar."""
         if self.parts == 1:
             return weight * hold[:, None]
-        number = torch.view_as_complex(weight.unflatten(0, (-1, 2)).transpose(1, 2).contiguous())  # (N, F)
+        pairs = weight.view(-1, 2, weight.shape[1]).transpose(1, 2)
+        number = torch.view_as_complex(pairs.contiguous())  # (N, F)
         return torch.view_as_real(number * hold[:, None]).transpose(1, 2).flatten(0, 1)
 
 

@@ -57,8 +57,8 @@ def test_the_lstm_equals_torch_stacked_in_two_layers() -> None:
 
 def test_forget_biases_begin_between_one_and_a_memory_of_500_bars() -> None:
     torch.manual_seed(0)
-    rnn = cast(LSTMLayer, LSTM(3, 400).cells[0]).rnn
-    forget = torch.sigmoid((rnn.bias_ih_l0 + rnn.bias_hh_l0).detach()[400:800])
+    _, _, b, c = cast(LSTMLayer, LSTM(3, 400).cells[0]).weights()
+    forget = torch.sigmoid((b + c).detach()[400:800])
     memory = 1 / (1 - forget)
     assert 3.7 < memory.min() < 4.0 and 470 < memory.max() < 500.5
     assert 30 < memory.median() < 60  # the geometric middle of 3.7 and 500 is 43
@@ -113,7 +113,7 @@ def test_forms_that_do_not_exist_are_refused_and_the_refusal_is_right() -> None:
     standard = as_standard(gru)
     with torch.no_grad():
         gru.weights(1)[1][16, 3] = 0.5
-        with pytest.raises(UsageError, match="Layer 1 .* joins 1 pairs of units with different reset gates"):
+        with pytest.raises(UsageError, match=r"Layer 1 .* joins 1 pairs of units with different reset gates"):
             as_standard(gru)
         cast(StandardGRULayer, standard.cells[1]).u[16, 3] = 0.5  # the same weights in the other form
         assert (standard(u)[0] - gru(u)[0]).abs().max() > 1e-3
@@ -122,7 +122,7 @@ def test_forms_that_do_not_exist_are_refused_and_the_refusal_is_right() -> None:
         moved = _diagonal()
         moved.weights(0)[3][20] = 1.0
         with pytest.raises(
-            UsageError, match="Layer 0 .* 1 units have a bias c_n behind a reset gate that moves"
+            UsageError, match=r"Layer 0 .* 1 units have a bias c_n behind a reset gate that moves"
         ):
             as_standard(moved)
 
