@@ -22,6 +22,7 @@ from recur.models.interface import State, Steps
 from recur.models.rows import RowLayer, after
 from recur.models.stack import Stack
 from recur.models.steps import keep_invalid, restart
+from recur.models.sweep import times_sigmoid_slope, times_tanh_slope
 
 _STRETCH, _SLOPE = 1.7159, 0.666
 
@@ -71,18 +72,17 @@ class _ClosedForm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, v, w, q, time, h0, s, heads, gate, h = ctx.saved_tensors
         n = h0.shape[1]
-        one = torch.ones((), dtype=h.dtype, device=h.device)
         f1, f2 = heads[..., :n], heads[..., n : 2 * n]
         factors = torch.empty_like(heads)
         d_1, d_2, d_a, d_b = factors.chunk(4, dim=-1)
-        torch.addcmul(one, f1, f1, value=-1, out=d_1)
-        d_1.mul_(1 - gate)
-        torch.addcmul(one, f2, f2, value=-1, out=d_2)
-        d_2.mul_(gate)
-        torch.sub(f2, f1, out=d_b)
-        d_b.mul_(gate).mul_(1 - gate)
+        times_tanh_slope(1 - gate, f1, out=d_1)
+        times_tanh_slope(gate, f2, out=d_2)
+        times_sigmoid_slope(torch.sub(f2, f1, out=d_b), gate, out=d_b)
         torch.mul(d_b, time, out=d_a)
-        slope = torch.addcmul(one, s, s, value=-1).mul_(_STRETCH * _SLOPE)  # becomes the backbone's gradient
+        scale = torch.full((), _STRETCH * _SLOPE, dtype=s.dtype, device=s.device)
+        slope = times_tanh_slope(
+            scale.expand_as(s), s, out=torch.empty_like(s)
+        )  # becomes the backbone's gradient
         adjoint = torch.cat([torch.zeros_like(h0)[None], grad])
         states, flat, back = adjoint.unbind(0), factors.unbind(0), slope.unbind(0)
         wide = factors.view(*h.shape[:2], 4, n).unbind(0)

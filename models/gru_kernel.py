@@ -1,7 +1,7 @@
 """Whole sequences of both forms of the gated recurrent unit on a CPU, time first, with gradients by hand.
 
 torch's own GRU runs some sixty small operations per step on a CPU. Here the input side is one matrix product for all
-steps, a step is five operations in place, and the way back three: the slopes of the gates are worked out for all steps
+steps, a step is six operations in place, and the way back three: the slopes of the gates are worked out for all steps
 at once before it, all weight gradients in one product per matrix after it (:mod:`recur.models.sweep`).
 """
 
@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from recur.models.sweep import sweep
+from recur.models.sweep import sweep, times_sigmoid_slope, times_tanh_slope
 
 
 class _ResetAfter(torch.autograd.Function):
@@ -25,40 +25,33 @@ class _ResetAfter(torch.autograd.Function):
         steps, batch, _ = x.shape
         n = h0.shape[1]
         flat = x.reshape(steps * batch, -1)
-        # (T, B, 3N): r and z whole, and in the last third what the reset gate acts on, U_n h + c_n
-        gates = x.new_empty(steps, batch, 3 * n)
-        joint = gates.view(steps * batch, 3 * n)
-        torch.addmm(b_i[: 2 * n] + b_h[: 2 * n], flat, w_i[: 2 * n].T, out=joint[:, : 2 * n])
-        joint[:, 2 * n :] = b_h[2 * n :]
+        bias = b_i[: 2 * n] + b_h[: 2 * n]
+        rz = torch.addmm(bias, flat, w_i[: 2 * n].T).view(steps, batch, 2 * n)
         new = torch.addmm(b_i[2 * n :], flat, w_i[2 * n :].T).view(steps, batch, n)
-        h = torch.empty_like(new)
-        rz, r, z, m = gates[..., : 2 * n], gates[..., :n], gates[..., n : 2 * n], gates[..., 2 * n :]
-        wt, before = w_h.T, h0
-        lists = (gates, rz, r, z, m, new, h)
-        for g, g_rz, g_r, g_z, g_m, g_n, now in zip(*(part.unbind(0) for part in lists), strict=True):
-            g.addmm_(before, wt)
-            g_rz.sigmoid_()
-            g_n.addcmul_(g_r, g_m).tanh_()
+        m, h = torch.empty_like(new), torch.empty_like(new)  # m is what the reset gate acts on
+        u_rz, u_n, c_n, before = w_h[: 2 * n].T, w_h[2 * n :].T, b_h[2 * n :], h0
+        lists = (rz, rz[..., :n], rz[..., n:], m, new, h)
+        for g_rz, g_r, g_z, g_m, g_n, now in zip(*(part.unbind(0) for part in lists), strict=True):
+            g_rz.addmm_(before, u_rz).sigmoid_()
+            g_n.addcmul_(g_r, torch.addmm(c_n, before, u_n, out=g_m)).tanh_()
             before = torch.lerp(g_n, before, g_z, out=now)
-        ctx.save_for_backward(x, w_i, w_h, h0, gates, new, h)
+        ctx.save_for_backward(x, w_i, w_h, h0, rz, m, new, h)
         return h
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w_i, w_h, h0, gates, new, h = ctx.saved_tensors
+        x, w_i, w_h, h0, rz, m, new, h = ctx.saved_tensors
         n = h0.shape[1]
-        r, z, m = gates.chunk(3, dim=-1)
+        r, z = rz.chunk(2, dim=-1)
         before = torch.cat([h0[None], h[:-1]])
-        one = torch.ones((), dtype=h.dtype, device=h.device)
-        slope_n = torch.addcmul(one, new, new, value=-1).mul_(1 - z)  # (1 − z)(1 − n²)
-        factors = torch.empty_like(gates)
+        slope_n = 1 - z
+        times_tanh_slope(slope_n, new, out=slope_n)
+        factors = torch.empty(*h.shape[:2], 3 * n, dtype=h.dtype, device=h.device)
         f_r, f_z, f_m = factors.chunk(3, dim=-1)
+        times_sigmoid_slope(torch.mul(slope_n, m, out=f_r), r, out=f_r)
+        times_sigmoid_slope(torch.sub(before, new, out=f_z), z, out=f_z)
         torch.mul(slope_n, r, out=f_m)
-        torch.mul(f_m, m, out=f_r)
-        f_r.mul_(1 - r)
-        torch.sub(before, new, out=f_z)
-        f_z.mul_(z).mul_(1 - z)
         adjoint = sweep(grad, z, factors, w_h)
         d_new = slope_n.mul_(adjoint[1:]).flatten(0, 1)
         g = factors.flatten(0, 1)
@@ -100,15 +93,11 @@ class _ResetBefore(torch.autograd.Function):
         r, z = rz.chunk(2, dim=-1)
         before = torch.cat([h0[None], h[:-1]])
         keep = 1 - z
-        one = torch.ones((), dtype=h.dtype, device=h.device)
         factors = torch.empty(*h.shape[:2], 3 * n, dtype=h.dtype, device=h.device)
         f_r, f_z, f_n = factors.chunk(3, dim=-1)
-        torch.mul(before, r, out=f_r)
-        f_r.mul_(1 - r)
-        torch.sub(new, before, out=f_z)
-        f_z.mul_(z).mul_(keep)
-        torch.addcmul(one, new, new, value=-1, out=f_n)
-        f_n.mul_(z)
+        times_sigmoid_slope(before, r, out=f_r)
+        times_sigmoid_slope(torch.sub(new, before, out=f_z), z, out=f_z)
+        times_tanh_slope(z, new, out=f_n)
         adjoint = torch.cat([torch.zeros_like(h0)[None], grad])
         u_rz, u_n = u[: 2 * n], u[2 * n :]
         states = adjoint.unbind(0)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from recur.models.sweep import sweep
+from recur.models.sweep import sweep, times_tanh_slope
 
 
 class _Leaky(torch.autograd.Function):
@@ -39,9 +39,8 @@ class _Leaky(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, v, w, keep, h0, n, h = ctx.saved_tensors
-        factors = torch.addcmul(torch.ones((), dtype=n.dtype, device=n.device), n, n, value=-1)
-        if keep is not None:
-            factors *= 1 - keep
+        share = torch.ones((), dtype=n.dtype, device=n.device) if keep is None else 1 - keep
+        factors = times_tanh_slope(share.expand_as(n), n, out=torch.empty_like(n))
         adjoint = sweep(grad, keep, factors, w)
         before = torch.cat([h0[None], h[:-1]])
         d_keep = None

@@ -24,7 +24,7 @@ from recur.models.interface import State, Steps
 from recur.models.rows import RowLayer, after
 from recur.models.stack import Stack
 from recur.models.steps import keep_invalid, restart
-from recur.models.sweep import sweep
+from recur.models.sweep import sweep, times_sigmoid_slope
 
 UNFOLDS = 6
 
@@ -68,7 +68,8 @@ class _Fused(torch.autograd.Function):
         keep = below.reciprocal()
         scaled = keep.view(steps, UNFOLDS, *x0.shape) * h[:, None]  # h / (1 + h (1/τ + f))
         scaled = scaled.view_as(keep)
-        factors = (target - x).mul_(scaled).mul_(f).mul_(1 - f)
+        factors = (target - x).mul_(scaled)
+        times_sigmoid_slope(factors, f, out=factors)
         spread = grad.new_zeros(steps, UNFOLDS, *x0.shape)
         spread[:, -1] = grad
         adjoint = sweep(spread.view_as(x), keep, factors, w)

@@ -30,6 +30,7 @@ from recur.models.interface import State, Steps
 from recur.models.rows import RowLayer, after
 from recur.models.stack import Stack
 from recur.models.steps import keep_invalid, restart
+from recur.models.sweep import times_tanh_slope
 
 FAN_IN = 32
 """Units that a unit hears, at most."""
@@ -100,9 +101,7 @@ class _Sparse(torch.autograd.Function):
         before = torch.cat([x0.view(1, blocks, size, batch), x[:-1]])
         factors = torch.empty_like(drive)
         f_new, f_gate = factors[:, :, :size], factors[:, :, size:]
-        one = torch.ones((), dtype=x.dtype, device=x.device)
-        torch.addcmul(one, new, new, value=-1, out=f_new)
-        f_new.mul_(1 - keep)
+        times_tanh_slope(1 - keep, new, out=f_new)
         torch.sub(before, new, out=f_gate)
         f_gate.mul_(keep).mul_(1 - gate)
         if time is not None:

@@ -11,6 +11,18 @@ import torch
 from torch import Tensor
 
 
+def times_sigmoid_slope(x: Tensor, s: Tensor, out: Tensor) -> Tensor:
+    """x ∘ s ∘ (1 − s) in one pass, for s = σ(·)."""
+    torch.ops.aten.sigmoid_backward.grad_input(x, s, grad_input=out)
+    return out
+
+
+def times_tanh_slope(x: Tensor, t: Tensor, out: Tensor) -> Tensor:
+    """x ∘ (1 − t²) in one pass, for t = tanh(·)."""
+    torch.ops.aten.tanh_backward.grad_input(x, t, grad_input=out)
+    return out
+
+
 def sweep(grad: Tensor, keep: Tensor | None, factors: Tensor, w: Tensor) -> Tensor:
     """Adjoint states, (T + 1, B, N), the first being that of the state before the sequence.
 
