@@ -8,7 +8,8 @@ The synapses f move the time constant itself, 1 / (1/τ + f), with the state and
     x' = (x + h f ∘ A) / (1 + h (1/τ + f))
 
 which for f > 0 is a weighted mean of x, A and 0: stable and bounded however long the elapsed time Δt (in bars, of each
-series its own). f is one layer over the whole state, as in the paper, and not a synapse per pair of units.
+series its own). It is computed as x plus a change, x' = x + (f ∘ A − (1/τ + f) ∘ x) / (1/h + 1/τ + f): in single precision
+little is left of a slow 1/τ in the sum 1 + h/τ. f is one layer over the whole state, as in the paper, and not a synapse per pair of units.
 """
 
 from __future__ import annotations
@@ -47,25 +48,26 @@ class _Fused(torch.autograd.Function):
         steps, batch, _ = u.shape
         drive = torch.addmm(bias, u.reshape(steps * batch, -1), v.T).view(steps, batch, -1)
         f = drive.new_empty(steps * UNFOLDS, *x0.shape)
-        x, below = torch.empty_like(f), torch.empty_like(f)
+        x = torch.empty_like(f)
         wt, before = w.T, x0
-        f_s, x_s, below_s = f.unbind(0), x.unbind(0), below.unbind(0)
-        times = h.expand(steps, -1, -1)
-        lists = (drive, times, times * target, 1 + times * leak)
-        for t, (pushed, dt, pull, base) in enumerate(zip(*(p.unbind(0) for p in lists), strict=True)):
+        f_s, x_s = f.unbind(0), x.unbind(0)
+        rate, change, below = (torch.empty_like(x0) for _ in range(3))
+        inverse = h.reciprocal().expand(steps, -1, -1)
+        for t, (pushed, per_bar) in enumerate(zip(drive.unbind(0), inverse.unbind(0), strict=True)):
             for s in range(t * UNFOLDS, (t + 1) * UNFOLDS):
                 now = torch.addmm(pushed, before, wt, out=f_s[s]).sigmoid_()
-                torch.addcmul(base, now, dt, out=below_s[s])
-                before = torch.addcmul(before, now, pull, out=x_s[s]).div_(below_s[s])
-        ctx.save_for_backward(u, v, w, leak, target, h, x0, f, x, below)
+                torch.add(now, leak, out=rate)
+                torch.mul(now, target, out=change).addcmul_(rate, before, value=-1)
+                before = torch.addcdiv(before, change, torch.add(rate, per_bar, out=below), out=x_s[s])
+        ctx.save_for_backward(u, v, w, leak, target, h, x0, f, x)
         return x.view(steps, UNFOLDS, *x0.shape)[:, -1].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        u, v, w, _, target, h, x0, f, x, below = ctx.saved_tensors
+        u, v, w, leak, target, h, x0, f, x = ctx.saved_tensors
         steps = grad.shape[0]
-        keep = below.reciprocal()
+        keep = (f + leak).view(steps, UNFOLDS, *x0.shape).mul_(h[:, None]).add_(1).reciprocal_().view_as(f)
         scaled = keep.view(steps, UNFOLDS, *x0.shape) * h[:, None]  # h / (1 + h (1/τ + f))
         scaled = scaled.view_as(keep)
         factors = (target - x).mul_(scaled)
@@ -111,10 +113,10 @@ class LTCLayer(RowLayer):
         state = restart(steps, state, self.init_state(u_t.shape[0]))
         x, drive, leak = state["x"], linear(u_t, self.w_in, self.bias), self.log_leak.exp()
         time = 1.0 if steps is None or steps.elapsed is None else steps.elapsed[:, None].to(u_t.dtype)
-        h = time / UNFOLDS
+        per_bar = UNFOLDS / time
         for _ in range(UNFOLDS):
             f = torch.sigmoid(linear(x, self.w) + drive)
-            x = (x + h * f * self.target) / (1 + h * (leak + f))
+            x = x + (f * self.target - (leak + f) * x) / (per_bar + leak + f)
         return keep_invalid(steps, x, {"x": x}, state)
 
 

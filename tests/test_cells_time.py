@@ -146,3 +146,12 @@ def test_a_long_gap_lets_a_liquid_cell_settle_between_zero_and_its_target() -> N
         f_zero = torch.sigmoid(cell.w_in @ u[0, 0] + cell.bias)
     assert (x / cell.target.detach() > 0).all() and (x / cell.target.detach() < 1).all()
     assert (x - rest).abs().max() < 0.2 and f_zero.isfinite().all()
+
+
+def test_the_slow_leak_of_a_liquid_cell_is_not_lost_in_single_precision() -> None:
+    torch.manual_seed(0)
+    model, u = LTC(3, 16), torch.ones(1, 256, 3)
+    with torch.no_grad():
+        single, _ = model(u)
+        double, _ = model.double()(u.double())
+    assert ((single.double() - double).abs().max() / double.abs().max()) < 3e-6
