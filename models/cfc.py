@@ -12,7 +12,7 @@ used. The backbone is as wide as the state.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from recur.models.interface import State, Steps
 from recur.models.rows import RowLayer, after
 from recur.models.stack import Stack
 from recur.models.steps import keep_invalid, restart
-from recur.models.sweep import times_sigmoid_slope, times_tanh_slope
+from recur.models.sweep import apply_exact, times_sigmoid_slope, times_tanh_slope
 
 _STRETCH, _SLOPE = 1.7159, 0.666
 
@@ -119,9 +119,9 @@ class CfCLayer(RowLayer):
     def kernel(
         self, u: Tensor, state: State, elapsed: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, State]:
-        time = u.new_ones(1, 1, 1) if elapsed is None else elapsed.T[..., None].to(u.dtype)
-        args = (u.transpose(0, 1), self.w_in, self.bias, self.w, self.heads.weight, self.heads.bias, time)
-        y = cast(Tensor, _ClosedForm.apply(*args, state["h"])).transpose(0, 1)  # type: ignore[no-untyped-call]
+        time = self.w.new_ones(1, 1, 1) if elapsed is None else elapsed.T[..., None].to(self.w.dtype)
+        weights = (self.w_in, self.bias, self.w, self.heads.weight, self.heads.bias)
+        y = apply_exact(_ClosedForm, u.transpose(0, 1), *weights, time, state["h"]).transpose(0, 1)
         return y, {"h": after(y, state["h"], lengths)}
 
     def step(self, u_t: Tensor, state: State, steps: Steps | None = None) -> tuple[Tensor, State]:

@@ -83,7 +83,7 @@ class _Layer(RowLayer):
 
 class ExponentialLayer(_Layer):
     def run(self, u: Tensor, x0: Tensor, elapsed: Tensor | None) -> Tensor:
-        time = u.new_ones(1, 1, 1) if elapsed is None else elapsed[..., None]
+        time = self.w.new_ones(1, 1, 1) if elapsed is None else elapsed[..., None]
         return leaky(u, self.w_in, self.bias, self.w, torch.exp(-time / self.tau), x0)
 
     def advance(self, x: Tensor, drive: Tensor, elapsed: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ at once before it, all weight gradients in one product per matrix after it (:mod
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from recur.models.sweep import sweep, times_sigmoid_slope, times_tanh_slope
+from recur.models.sweep import apply_exact, sweep, times_sigmoid_slope, times_tanh_slope
 
 
 class _ResetAfter(torch.autograd.Function):
@@ -119,9 +119,9 @@ class _ResetBefore(torch.autograd.Function):
 
 def reset_after(x: Tensor, w_i: Tensor, w_h: Tensor, b_i: Tensor, b_h: Tensor, h0: Tensor) -> Tensor:
     """x (T, B, F), weights of ``torch.nn.GRU``, h0 (B, N) → (T, B, N)."""
-    return cast(Tensor, _ResetAfter.apply(x, w_i, w_h, b_i, b_h, h0))  # type: ignore[no-untyped-call]
+    return apply_exact(_ResetAfter, x, w_i, w_h, b_i, b_h, h0)
 
 
 def reset_before(x: Tensor, w: Tensor, u: Tensor, bias: Tensor, h0: Tensor) -> Tensor:
     """x (T, B, F), w (3N, F), u (3N, N), bias (3N,) in the order r, z, n, h0 (B, N) → (T, B, N)."""
-    return cast(Tensor, _ResetBefore.apply(x, w, u, bias, h0))  # type: ignore[no-untyped-call]
+    return apply_exact(_ResetBefore, x, w, u, bias, h0)

@@ -5,12 +5,12 @@ Without κ it is Elman's. The steps are three operations in place, backward too 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from recur.models.sweep import sweep, times_tanh_slope
+from recur.models.sweep import apply_exact, sweep, times_tanh_slope
 
 
 class _Leaky(torch.autograd.Function):
@@ -54,4 +54,4 @@ class _Leaky(torch.autograd.Function):
 
 def leaky(x: Tensor, v: Tensor, bias: Tensor, w: Tensor, keep: Tensor | None, h0: Tensor) -> Tensor:
     """x (T, B, F), v (N, F), bias (N,), w (N, N), keep κ (T or 1, B or 1, N) or None for 0, h0 (B, N) → (T, B, N)."""
-    return cast(Tensor, _Leaky.apply(x, v, bias, w, keep, h0))  # type: ignore[no-untyped-call]
+    return apply_exact(_Leaky, x, v, bias, w, keep, h0)

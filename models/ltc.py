@@ -9,12 +9,13 @@ The synapses f move the time constant itself, 1 / (1/τ + f), with the state and
 
 which for f > 0 is a weighted mean of x, A and 0: stable and bounded however long the elapsed time Δt (in bars, of each
 series its own). It is computed as x plus a change, x' = x + (f ∘ A − (1/τ + f) ∘ x) / (1/h + 1/τ + f): in single precision
-little is left of a slow 1/τ in the sum 1 + h/τ. f is one layer over the whole state, as in the paper, and not a synapse per pair of units.
+little is left of a slow 1/τ in the sum 1 + h/τ. f is one layer over the whole state, as in the paper, and not a synapse
+per pair of units.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from recur.models.interface import State, Steps
 from recur.models.rows import RowLayer, after
 from recur.models.stack import Stack
 from recur.models.steps import keep_invalid, restart
-from recur.models.sweep import sweep, times_sigmoid_slope
+from recur.models.sweep import apply_exact, sweep, times_sigmoid_slope
 
 UNFOLDS = 6
 
@@ -103,10 +104,9 @@ class LTCLayer(RowLayer):
     def kernel(
         self, u: Tensor, state: State, elapsed: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, State]:
-        time = u.new_ones(1, 1, 1) if elapsed is None else elapsed.T[..., None].to(u.dtype)
+        time = self.w.new_ones(1, 1, 1) if elapsed is None else elapsed.T[..., None].to(self.w.dtype)
         weights = (self.w_in, self.bias, self.w, self.log_leak.exp(), self.target)
-        args = (u.transpose(0, 1), *weights, time / UNFOLDS, state["x"])
-        y = cast(Tensor, _Fused.apply(*args)).transpose(0, 1)  # type: ignore[no-untyped-call]
+        y = apply_exact(_Fused, u.transpose(0, 1), *weights, time / UNFOLDS, state["x"]).transpose(0, 1)
         return y, {"x": after(y, state["x"], lengths)}
 
     def step(self, u_t: Tensor, state: State, steps: Steps | None = None) -> tuple[Tensor, State]:

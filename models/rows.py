@@ -77,7 +77,7 @@ def cut(u: Tensor, steps: Steps) -> Rows:
     where = (at_row, column)
     elapsed = None
     if steps.elapsed is not None:
-        elapsed = u.new_ones(n_rows, longest).index_put(where, steps.elapsed[valid].to(u.dtype))
+        elapsed = steps.elapsed.new_ones(n_rows, longest).index_put(where, steps.elapsed[valid])
     series = torch.repeat_interleave(torch.arange(batch, device=u.device), pieces)
     fresh = torch.ones(n_rows, dtype=torch.bool, device=u.device)
     fresh[last - pieces + 1] = False

@@ -19,7 +19,7 @@ block-sparse weights".
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from recur.models.interface import State, Steps
 from recur.models.rows import RowLayer, after
 from recur.models.stack import Stack
 from recur.models.steps import keep_invalid, restart
-from recur.models.sweep import times_tanh_slope
+from recur.models.sweep import apply_exact, times_tanh_slope
 
 FAN_IN = 32
 """Units that a unit hears, at most."""
@@ -151,18 +151,10 @@ class SparseLayer(RowLayer):
     def kernel(
         self, u: Tensor, state: State, elapsed: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, State]:
-        time = None if elapsed is None else elapsed.T[:, None].to(u.dtype)  # (T, 1, B)
+        time = None if elapsed is None else elapsed.T[:, None].to(self.w_in.dtype)  # (T, 1, B)
         first = u.permute(1, 2, 0)  # (T, F, B)
-        args = (
-            first,
-            self.w_in,
-            self.bias[:, None],
-            self.weight,
-            time,
-            state["x"].T.contiguous(),
-            self.hears,
-        )
-        y = cast(Tensor, _Sparse.apply(*args)).permute(2, 0, 1)  # type: ignore[no-untyped-call]
+        rest = (self.bias[:, None], self.weight, time, state["x"].T.contiguous(), self.hears)
+        y = apply_exact(_Sparse, first, self.w_in, *rest).permute(2, 0, 1)
         return y, {"x": after(y, state["x"], lengths)}
 
     def step(self, u_t: Tensor, state: State, steps: Steps | None = None) -> tuple[Tensor, State]:

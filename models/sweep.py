@@ -7,8 +7,19 @@ on whole tensors, only three operations per step are left, and every weight grad
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
+
+
+def apply_exact(function: type[torch.autograd.Function], x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+    """``function`` of x and its weights in the precision of the weights, under autocast too.
+
+    Half precision in a recurrence would round the state at every step.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return cast(Tensor, function.apply(x.to(weight.dtype), weight, *rest))  # type: ignore[no-untyped-call]
 
 
 def times_sigmoid_slope(x: Tensor, s: Tensor, out: Tensor) -> Tensor:

@@ -194,6 +194,20 @@ def test_a_state_is_saved_split_by_series_and_restored(make: Make) -> None:
 
 
 @every_model
+def test_half_precision_around_a_recurrence_does_not_reach_its_state(make: Make) -> None:
+    model, u, steps = build(make, dtype=torch.float32), inputs(40).float(), marks(40)
+    steps = Steps(steps.valid, steps.reset, None if steps.elapsed is None else steps.elapsed.float())
+    for marked in (None, steps):
+        exact, _ = model(u, None, marked)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, state = model(u, None, marked)
+        torch.autograd.backward(y.float().square().sum())
+        assert (y.float() - exact).abs().max() < 0.1
+        assert make in (GRU, LSTM) or all(v.dtype == torch.float32 for v in state.values())
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@every_model
 def test_dropout_acts_between_layers_in_training_only(make: Make) -> None:
     torch.manual_seed(0)
     model, u = make(5, 8, 2, 0.5), inputs(20).float()
