@@ -360,7 +360,12 @@ Category = Annotated[str | None, typer.Option(help="linear, inverse or spot.")]
 BaseUrl = Annotated[str | None, typer.Option(help="Other address of the venue.")]
 Since = Annotated[str | None, typer.Option(metavar="TIME", help="From this UTC time on, ISO-8601.")]
 Until = Annotated[str | None, typer.Option(metavar="TIME", help="Before this UTC time, ISO-8601.")]
-Model = Annotated[str | None, typer.Option(help="Name of the model.")]
+Model = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE.py:CLASS", help="Name of the model, or your own in a file.")
+]
+TrustModel = Annotated[
+    bool, typer.Option("--trust-model", help="Let a run of a model from a file run that code.")
+]
 Epochs = Annotated[int | None, typer.Option(help="Most passes over the data.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random draw.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
@@ -568,6 +573,7 @@ def backtest(
     symbols: Symbols = None,
     interval: Interval = None,
     require_edge: RequireEdge = False,
+    trust_model: TrustModel = False,
 ) -> None:
     """Walk forward out of sample, trade with costs, compare with the baselines."""
     state: State = ctx.obj
@@ -579,7 +585,7 @@ def backtest(
     from recur.pipeline.backtest import run_backtest
     from recur.pipeline.verdict import verdict_text
 
-    metrics = run_backtest(state.home, config, run=run, progress=state.progress)
+    metrics = run_backtest(state.home, config, run=run, progress=state.progress, trust=trust_model)
 
     def people() -> None:
         _say_metrics(metrics)
@@ -640,6 +646,7 @@ def predict(
     run: Annotated[str | None, typer.Option(metavar="RUN", help="Trained run; else the last.")] = None,
     as_of: Annotated[str | None, typer.Option(metavar="TIME", help="As if this were now; UTC.")] = None,
     symbols: Symbols = None,
+    trust_model: TrustModel = False,
 ) -> None:
     """Forecast from the last closed bar and append to the ledger."""
     state: State = ctx.obj
@@ -647,7 +654,7 @@ def predict(
     as_of_ms = _time(as_of)
     from recur.pipeline import predict as predicting
 
-    found = predicting.predict(state.home, config, run=run, as_of_ms=as_of_ms)
+    found = predicting.predict(state.home, config, run=run, as_of_ms=as_of_ms, trust=trust_model)
 
     def people() -> None:
         _say_forecasts(f"Forecasts ({found['appended']} new in the ledger)", found["forecasts"])
