@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -345,13 +346,18 @@ def fit(
                 num_sanity_val_steps=2 if done.epoch == 0 else 0,
                 reload_dataloaders_every_n_epochs=1,
             )
-            trainer.fit(
-                module,
-                DataLoader(batches, batch_size=None),
-                DataLoader(held_out, batch_size=None),
-            )
-            if trainer.interrupted:
-                raise KeyboardInterrupt
+            on_interrupt = signal.getsignal(signal.SIGINT)
+            try:
+                trainer.fit(
+                    module,
+                    DataLoader(batches, batch_size=None),
+                    DataLoader(held_out, batch_size=None),
+                )
+            except SystemExit:  # what Lightning makes of Ctrl-C, and it ignores the signal from then on
+                if not trainer.interrupted:
+                    raise
+                signal.signal(signal.SIGINT, on_interrupt)
+                raise KeyboardInterrupt from None
     p = keeper.progress
     if keeper.best:
         net.load_state_dict(keeper.best)
