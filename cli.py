@@ -662,6 +662,51 @@ def predict(
     state.result(found, people)
 
 
+@app.command()
+def inspect(
+    ctx: typer.Context,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Trained run; else the last.")] = None,
+    trust_model: TrustModel = False,
+) -> None:
+    """Show what a trained recurrence does: parameters, memory length, spectral radius, gates, ablation."""
+    from recur.pipeline.inspect import inspect_run
+    from recur.storage.runs import latest_run
+
+    state: State = ctx.obj
+    run = run or latest_run(state.home, "train")
+    if run is None:
+        raise DataMissing(f"There is no trained run in {state.home}.", "recur train price makes one.")
+    found = inspect_run(state.home, run, trust=trust_model)
+    state.result(found, lambda: _say_inspection(found))
+
+
+def _say_inspection(found: Mapping[str, Any]) -> None:
+    weights, gradient = found["parameters"], found["gradient"]
+    _table("Parameters", ["part", "number"], [*weights["parts"].items(), ("all", weights["total"])])
+    if "core" in weights:
+        _pairs(f"The core against {weights['core']['formula']}", weights["core"])
+    _pairs("Spectral radius of the state map, along real bars", found["spectral_radius"])
+    lags = [0, *(1 << k for k in range(10) if 1 << k < len(gradient["norm_by_lag"]))]
+    _table(
+        f"Gradient of the last output by input lag: 1 % of its largest at {gradient['one_percent_lag']} bars",
+        ["lag", "norm"],
+        ([lag, gradient["norm_by_lag"][lag]] for lag in lags),
+    )
+    if found["gates"]:
+        columns = ["gate", "width", "mean", "closed", "open"]
+        _table("Gates", columns, ([gate[key] for key in columns] for gate in found["gates"]))
+    rows = found["ablation"]["rows"]
+    _table(
+        f"Pinball loss when the state is cut ({found['ablation']['forecasts']} forecasts)",
+        ["bars", *(f"h={h}" for h in rows[0]["pinball"]), "worse", "± 1 s.e."],
+        (
+            [r["bars"], *r["pinball"].values(), _percent(r["worse"]), _percent(r["error"], sign="")]
+            for r in rows
+        ),
+    )
+    print(f"Plot: {found['plot']}")
+
+
 def _say_forecasts(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     columns = ["unique_id", "cutoff", "ds", "horizon", "model", "q05", "q50", "q95", "prob_up", "vol"]
     _table(title, columns, ([row.get(key) for key in columns] for row in rows))

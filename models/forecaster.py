@@ -157,10 +157,8 @@ def forecast_loss(out: Outputs, target: Tensor, mask: Tensor) -> Tensor:
 
     ``target`` and ``mask`` (B, T, H), target in units of the causal scale. Koenker & Bassett (1978) for the pinball.
     """
-    levels = torch.tensor(LEVELS, device=target.device)
     target = torch.where(mask, target, torch.zeros_like(target))
-    error = target[..., None] - out.quantiles
-    pinball = torch.maximum(levels * error, (levels - 1) * error).mean(-1)  # (B, T, H)
+    pinball = pinball_errors(out, target)
     bounded = target.clamp(-8, 8)
     nll = 0.5 * (out.log_var + bounded.square() * (-out.log_var).exp())
     mean = 0.1 * (bounded.clamp(-4, 4) - out.mean).square()
@@ -168,10 +166,15 @@ def forecast_loss(out: Outputs, target: Tensor, mask: Tensor) -> Tensor:
     return (per_step * mask).sum() / mask.sum().clamp(min=1)
 
 
+def pinball_errors(out: Outputs, target: Tensor) -> Tensor:
+    """(B, T, H) pinball loss of each forecast, mean over the quantile levels."""
+    levels = torch.tensor(LEVELS, device=target.device)
+    error = target[..., None] - out.quantiles
+    return torch.maximum(levels * error, (levels - 1) * error).mean(-1)
+
+
 def pinball_loss(out: Outputs, target: Tensor, mask: Tensor) -> Tensor:
     """(H,) mean pinball loss of each horizon: what early stopping watches."""
-    levels = torch.tensor(LEVELS, device=target.device)
-    error = torch.where(mask, target, torch.zeros_like(target))[..., None] - out.quantiles
-    pinball = torch.maximum(levels * error, (levels - 1) * error).mean(-1)
+    pinball = pinball_errors(out, torch.where(mask, target, torch.zeros_like(target)))
     dims = tuple(range(pinball.ndim - 1))
     return (pinball * mask).sum(dims) / mask.sum(dims).clamp(min=1)
