@@ -374,7 +374,12 @@ BaseUrl = Annotated[str | None, typer.Option(help="Other address of the venue.")
 AllowGaps = Annotated[bool, typer.Option("--allow-gaps", help="Use ranges with holes that nothing explains.")]
 Since = Annotated[str | None, typer.Option(metavar="TIME", help="From this UTC time on, ISO-8601.")]
 Until = Annotated[str | None, typer.Option(metavar="TIME", help="Before this UTC time, ISO-8601.")]
-Model = Annotated[str | None, typer.Option(help="Name of the model.")]
+Model = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE.py:CLASS", help="Name of the model, or your own in a file.")
+]
+TrustModel = Annotated[
+    bool, typer.Option("--trust-model", help="Let a run of a model from a file run that code.")
+]
 Epochs = Annotated[int | None, typer.Option(help="Most passes over the data.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random draw.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
@@ -678,6 +683,7 @@ def backtest(
     ] = 0,
     require_edge: RequireEdge = False,
     allow_gaps: AllowGaps = False,
+    trust_model: TrustModel = False,
 ) -> None:
     """Walk forward out of sample, trade with costs, compare with the baselines."""
     state: State = ctx.obj
@@ -691,7 +697,9 @@ def backtest(
     from recur.pipeline.backtest import run_backtest
     from recur.pipeline.verdict import verdict_text
 
-    metrics = run_backtest(state.home, config, run=run, progress=state.progress, allow_gaps=allow_gaps)
+    metrics = run_backtest(
+        state.home, config, run=run, progress=state.progress, allow_gaps=allow_gaps, trust=trust_model
+    )
 
     def people() -> None:
         _say_metrics(metrics)
@@ -772,6 +780,7 @@ def predict(
     run: Annotated[str | None, typer.Option(metavar="RUN", help="Trained run; else the last.")] = None,
     as_of: Annotated[str | None, typer.Option(metavar="TIME", help="As if this were now; UTC.")] = None,
     symbols: Symbols = None,
+    trust_model: TrustModel = False,
 ) -> None:
     """Forecast from the last closed bar and append to the ledger."""
     state: State = ctx.obj
@@ -779,12 +788,57 @@ def predict(
     as_of_ms = _time(as_of)
     from recur.pipeline import predict as predicting
 
-    found = predicting.predict(state.home, config, run=run, as_of_ms=as_of_ms)
+    found = predicting.predict(state.home, config, run=run, as_of_ms=as_of_ms, trust=trust_model)
 
     def people() -> None:
         _say_forecasts(f"Forecasts ({found['appended']} new in the ledger)", found["forecasts"])
 
     state.result(found, people)
+
+
+@app.command()
+def inspect(
+    ctx: typer.Context,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Trained run; else the last.")] = None,
+    trust_model: TrustModel = False,
+) -> None:
+    """Show what a trained recurrence does: parameters, memory length, spectral radius, gates, ablation."""
+    from recur.pipeline.inspect import inspect_run
+    from recur.storage.runs import latest_run
+
+    state: State = ctx.obj
+    run = run or latest_run(state.home, "train")
+    if run is None:
+        raise DataMissing(f"There is no trained run in {state.home}.", "recur train price makes one.")
+    found = inspect_run(state.home, run, trust=trust_model)
+    state.result(found, lambda: _say_inspection(found))
+
+
+def _say_inspection(found: Mapping[str, Any]) -> None:
+    weights, gradient = found["parameters"], found["gradient"]
+    _table("Parameters", ["part", "number"], [*weights["parts"].items(), ("all", weights["total"])])
+    if "core" in weights:
+        _pairs(f"The core against {weights['core']['formula']}", weights["core"])
+    _pairs("Spectral radius of the state map, along real bars", found["spectral_radius"])
+    lags = [0, *(1 << k for k in range(10) if 1 << k < len(gradient["norm_by_lag"]))]
+    _table(
+        f"Gradient of the last output by input lag: 1 % of its largest at {gradient['one_percent_lag']} bars",
+        ["lag", "norm"],
+        ([lag, gradient["norm_by_lag"][lag]] for lag in lags),
+    )
+    if found["gates"]:
+        columns = ["gate", "width", "mean", "closed", "open"]
+        _table("Gates", columns, ([gate[key] for key in columns] for gate in found["gates"]))
+    rows = found["ablation"]["rows"]
+    _table(
+        f"Pinball loss when the state is cut ({found['ablation']['forecasts']} forecasts)",
+        ["bars", *(f"h={h}" for h in rows[0]["pinball"]), "worse", "± 1 s.e."],
+        (
+            [r["bars"], *r["pinball"].values(), _percent(r["worse"]), _percent(r["error"], sign="")]
+            for r in rows
+        ),
+    )
+    print(f"Plot: {found['plot']}")
 
 
 def _say_forecasts(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

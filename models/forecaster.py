@@ -11,14 +11,16 @@ those above the median are cumulative sums of positive increments::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from recur.models.interface import SequenceModel, State
-from recur.models.registry import build_sequence_model
+from recur.models.interface import SequenceModel, State, Steps
+from recur.models.registry import Core, table_core
 
 LEVELS: tuple[float, ...] = tuple(round(0.05 * k, 2) for k in range(1, 20))
 _HALF = 9  # quantile levels above the median
@@ -40,6 +42,10 @@ class ForecasterSpec:
     dropout: float
     drift: bool
     """Whether quantiles are centred on the forecast mean instead of zero."""
+    continuous: bool = False
+    """Whether missing bars are skipped and the state moves by the elapsed time; else they are inputs like others."""
+    sha256: str = ""
+    """Of the file that a user's own ``model`` comes from; empty for a model of the table."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,17 +61,23 @@ class Outputs:
 
 
 class Forecaster(nn.Module):
-    """features (B, T, F) and symbol (B,) → :class:`Outputs` and the next state."""
+    """features (B, T, F) and symbol (B,) → :class:`Outputs` and the next state.
 
-    def __init__(self, spec: ForecasterSpec) -> None:
+    ``core`` is the sequence model to build; without one it is that of the table that ``spec`` names. A spec alone
+    never makes code of a user's own run.
+    """
+
+    chunk: int = 0
+    """Bars per piece of time whose insides are computed again in the backward pass; 0 keeps everything."""
+
+    def __init__(self, spec: ForecasterSpec, core: Core | None = None) -> None:
         super().__init__()
         self.spec = spec
         n_h = len(spec.horizons)
         self.embedding = nn.Embedding(spec.n_symbols, spec.embed)
         nn.init.normal_(self.embedding.weight, std=0.1)
-        self.core: SequenceModel = build_sequence_model(
-            spec.model, spec.n_features + spec.embed, spec.hidden, spec.layers, spec.dropout
-        )
+        make = (core or table_core(spec.model)).make
+        self.core: SequenceModel = make(spec.n_features + spec.embed, spec.hidden, spec.layers, spec.dropout)
         self.drop = nn.Dropout(spec.dropout)
         self.head = nn.Linear(spec.hidden, n_h * (_HALF + 2))
         self.mean_head = nn.Linear(spec.hidden, n_h)
@@ -79,14 +91,36 @@ class Forecaster(nn.Module):
     def init_state(self, batch: int) -> State:
         return self.core.init_state(batch)
 
-    def forward(self, x: Tensor, symbol: Tensor, state: State | None = None) -> tuple[Outputs, State]:
+    def steps(self, observed: Tensor, elapsed: Tensor) -> Steps | None:
+        """Marks for the core from ``observed`` (B, T) and ``elapsed`` (B, T), bars since the last observed one.
+
+        None for a model that takes missing bars as inputs, and where no bar is missing: the fast path.
+        """
+        if not self.spec.continuous or bool((observed & (elapsed == 1)).all()):
+            return None
+        return Steps(valid=observed, elapsed=elapsed)
+
+    def inputs(self, x: Tensor, symbol: Tensor) -> Tensor:
+        """What the core sees: (B, T, F + E)."""
         e = self.embedding(symbol)[:, None].expand(-1, x.shape[1], -1)  # (B, T, E)
-        y, state = self.core(torch.cat([x, e], dim=-1), state)  # (B, T, D)
+        return torch.cat([x, e], dim=-1)
+
+    def forward(
+        self, x: Tensor, symbol: Tensor, state: State | None = None, steps: Steps | None = None
+    ) -> tuple[Outputs, State]:
+        """``steps`` are those of :meth:`steps`; at steps that are not valid the outputs mean nothing."""
+        u = self.inputs(x, symbol)
+        if self.chunk and torch.is_grad_enabled() and u.shape[1] > self.chunk:
+            y, state = in_chunks(self.core, u, state, steps, self.chunk)
+        else:
+            y, state = self.core(u, state, steps)  # (B, T, D)
         return self._outputs(y), state
 
-    def step(self, x_t: Tensor, symbol: Tensor, state: State) -> tuple[Outputs, State]:
-        """One bar: x_t (B, F). The outputs keep a time dimension of length 1."""
-        y, state = self.core.step(torch.cat([x_t, self.embedding(symbol)], dim=-1), state)
+    def step(
+        self, x_t: Tensor, symbol: Tensor, state: State, steps: Steps | None = None
+    ) -> tuple[Outputs, State]:
+        """One bar: x_t (B, F), marks (B,). The outputs keep a time dimension of length 1."""
+        y, state = self.core.step(torch.cat([x_t, self.embedding(symbol)], dim=-1), state, steps)
         return self._outputs(y[:, None]), state
 
     def _outputs(self, y: Tensor) -> Outputs:
@@ -102,15 +136,29 @@ class Forecaster(nn.Module):
         return Outputs(quantiles, log_var.clamp(-8, 8), mean)
 
 
+def in_chunks(
+    core: SequenceModel, u: Tensor, state: State | None, steps: Steps | None, chunk: int
+) -> tuple[Tensor, State]:
+    """``core(u, state, steps)`` with the memory of one chunk: between chunks only the state is kept, the insides
+    are computed a second time when their gradient is asked for (Chen et al. 2016, arXiv:1604.06174)."""
+    state = core.init_state(u.shape[0]) if state is None else state
+    run = cast(Callable[..., tuple[Tensor, State]], checkpoint)
+    out = []
+    for low in range(0, u.shape[1], chunk):
+        high = min(low + chunk, u.shape[1])
+        marks = None if steps is None else steps.slice(low, high)
+        y, state = run(core, u[:, low:high], state, marks, use_reentrant=False)
+        out.append(y)
+    return torch.cat(out, dim=1), state
+
+
 def forecast_loss(out: Outputs, target: Tensor, mask: Tensor) -> Tensor:
     """Mean pinball loss over levels, plus a twentieth of the Gaussian likelihood of the variance, plus the mean's error.
 
     ``target`` and ``mask`` (B, T, H), target in units of the causal scale. Koenker & Bassett (1978) for the pinball.
     """
-    levels = torch.tensor(LEVELS, device=target.device)
     target = torch.where(mask, target, torch.zeros_like(target))
-    error = target[..., None] - out.quantiles
-    pinball = torch.maximum(levels * error, (levels - 1) * error).mean(-1)  # (B, T, H)
+    pinball = pinball_errors(out, target)
     bounded = target.clamp(-8, 8)
     nll = 0.5 * (out.log_var + bounded.square() * (-out.log_var).exp())
     mean = 0.1 * (bounded.clamp(-4, 4) - out.mean).square()
@@ -118,10 +166,15 @@ def forecast_loss(out: Outputs, target: Tensor, mask: Tensor) -> Tensor:
     return (per_step * mask).sum() / mask.sum().clamp(min=1)
 
 
+def pinball_errors(out: Outputs, target: Tensor) -> Tensor:
+    """(B, T, H) pinball loss of each forecast, mean over the quantile levels."""
+    levels = torch.tensor(LEVELS, device=target.device)
+    error = target[..., None] - out.quantiles
+    return torch.maximum(levels * error, (levels - 1) * error).mean(-1)
+
+
 def pinball_loss(out: Outputs, target: Tensor, mask: Tensor) -> Tensor:
     """(H,) mean pinball loss of each horizon: what early stopping watches."""
-    levels = torch.tensor(LEVELS, device=target.device)
-    error = torch.where(mask, target, torch.zeros_like(target))[..., None] - out.quantiles
-    pinball = torch.maximum(levels * error, (levels - 1) * error).mean(-1)
+    pinball = pinball_errors(out, torch.where(mask, target, torch.zeros_like(target)))
     dims = tuple(range(pinball.ndim - 1))
     return (pinball * mask).sum(dims) / mask.sum(dims).clamp(min=1)

@@ -1,4 +1,8 @@
-"""A trained forecaster on disk: safetensors weights and JSON beside them. Loading never executes code."""
+"""A trained forecaster on disk: safetensors weights and JSON beside them. Loading never executes code.
+
+A run of a user's own model holds a copy of its file (``model.py``). Without that code there is nothing to load, so
+such a run opens only for a caller who says that it is trusted; then the copy must be the one that was trained.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from recur.models.forecaster import Forecaster, ForecasterSpec
+from recur.models.own import own_core, source_sha256
+from recur.models.registry import Core, model_label
 from recur.pipeline.features import FeatureTransform
-from recur.storage.runs import RunFolder, open_run
-from recur.vocabulary import DataMissing
+from recur.storage.runs import RunFolder, open_run, write_bytes
+from recur.vocabulary import DataMissing, UsageError
+
+OWN_SOURCE = "model.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +34,10 @@ class Artefact:
     symbols: dict[str, int]
 
 
-def save_spec(folder: RunFolder, artefact: Artefact) -> None:
-    """Write what is fixed before training: ``features.json`` and ``model.json``."""
+def save_spec(folder: RunFolder, artefact: Artefact, core: Core) -> None:
+    """Write what is fixed before training: ``features.json``, ``model.json``, the file of a user's own model."""
+    if core.source:
+        write_bytes(folder.path / OWN_SOURCE, core.source)
     folder.write_json("features.json", artefact.transform.as_dict())
     folder.write_json("model.json", {"spec": artefact.net.spec.as_dict(), "symbols": artefact.symbols})
 
@@ -38,12 +48,15 @@ def save_weights(folder: RunFolder, net: Forecaster) -> None:
     beside.replace(folder.weights)
 
 
-def load_artefact(folder: RunFolder) -> Artefact:
-    """The forecaster of a complete run; DataMissing when a part of it is absent or does not fit the others."""
+def load_artefact(folder: RunFolder, *, trust: bool = False) -> Artefact:
+    """The forecaster of a complete run; DataMissing when a part of it is absent or does not fit the others.
+
+    UsageError for a run of a user's own model without ``trust``, and when its file is not the one trained.
+    """
     transform = FeatureTransform.from_dict(folder.read_json("features.json"))
     model = folder.read_json("model.json")
     spec = ForecasterSpec(**{**model["spec"], "horizons": tuple(model["spec"]["horizons"])})
-    net = Forecaster(spec)
+    net = Forecaster(spec, stored_core(folder, spec, trust) if spec.sha256 else None)
     try:
         net.load_state_dict(load_file(folder.weights))
     except (OSError, RuntimeError, ValueError) as error:
@@ -54,9 +67,33 @@ def load_artefact(folder: RunFolder) -> Artefact:
     return Artefact(net.eval(), transform, dict(model["symbols"]))
 
 
-def open_trained(home: Path, run_id: str) -> tuple[RunFolder, Artefact]:
+def stored_core(folder: RunFolder, spec: ForecasterSpec, trust: bool) -> Core:
+    """The user's own model of a run, from the copy in its folder: running it takes consent."""
+    path = folder.path / OWN_SOURCE
+    if not trust:
+        raise UsageError(
+            f"Run {folder.run_id} is of a model of its own, {model_label(spec.model)}: opening it would run the code in {path}"
+            f" (sha256 {spec.sha256[:12]}…).",
+            "Read that file, then give --trust-model.",
+        )
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise DataMissing(
+            f"Run {folder.run_id} has no {OWN_SOURCE}: {error.strerror}.", "Train again."
+        ) from None
+    if source_sha256(source) != spec.sha256:
+        raise UsageError(
+            f"{path} is not the file that run {folder.run_id} was trained with: sha256 {source_sha256(source)[:12]}…,"
+            f" expected {spec.sha256[:12]}….",
+            "Put the original back, or train again.",
+        )
+    return own_core(source, model_label(spec.model), str(path))
+
+
+def open_trained(home: Path, run_id: str, *, trust: bool = False) -> tuple[RunFolder, Artefact]:
     folder = open_run(home, run_id)
-    return folder, load_artefact(folder)
+    return folder, load_artefact(folder, trust=trust)
 
 
 def environment() -> dict[str, Any]:

@@ -21,6 +21,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from recur.models.registry import model_label
 from recur.pipeline import artefact as art
 from recur.pipeline import metrics as score
 from recur.pipeline import trading
@@ -86,11 +87,13 @@ def run_backtest(
     progress: bool,
     allow_gaps: bool = False,
     placebo: int | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Backtest the configured model, write a run folder, and return its metrics (contract of ``metrics.json``).
 
     ``run``: judge this trained run instead of training; the test span must then lie after all that it saw.
     ``placebo``: seed with which the times of the news are shuffled within each month.
+    ``trust``: let a run of a user's own model run its code.
     Raises DataMissing when the store lacks data or, unless ``allow_gaps``, has unexplained holes, UsageError when
     the spans do not fit.
     """
@@ -103,7 +106,8 @@ def run_backtest(
     if not allow_gaps:
         refuse_unexplained(store, config, since)
     splits = _splits(config, own)
-    trained = _trained_before(home, config, run, splits) if run else None
+    trained = _trained_before(home, config, run, splits, trust) if run else None
+    label = model_label(trained.net.spec.model if trained else config.model.name)
     series = own + ([] if trained else pool_series(config.train.pool, config, news))
     config = replace(
         config,
@@ -111,12 +115,12 @@ def run_backtest(
             config.backtest, test_since=iso(splits[0].test_since_ms), test_until=iso(splits[-1].test_until_ms)
         ),
     )
-    folder = RunFolder(home, new_run_id("backtest", config.model.name, int(time.time() * 1000)))
+    folder = RunFolder(home, new_run_id("backtest", label, int(time.time() * 1000)))
     folder.write_text("config.toml", dump_toml(config))
     manifest = {
         "run_id": folder.run_id,
         "kind": "backtest",
-        "model": config.model.name,
+        "model": label,
         "status": RUNNING,
         "seed": config.train.seed,
         "device": choose_device(config.train.device),
@@ -155,9 +159,7 @@ def run_backtest(
             for i in range(len(horizons)):
                 rows[i].add(f, i, base)
             positions.setdefault(f.series.unique_id, []).append(f)
-        long_rows.append(
-            forecast_rows(forecasts, horizons, config.market.interval, config.model.name, folder.run_id)
-        )
+        long_rows.append(forecast_rows(forecasts, horizons, config.market.interval, label, folder.run_id))
     bare = [h for h, r in zip(horizons, rows, strict=True) if not any(len(y) for y in r.y)]
     if bare:
         raise DataMissing(
@@ -168,7 +170,7 @@ def run_backtest(
     predictions.write_parquet(folder.predictions, compression="zstd")
     metrics: dict[str, Any] = {
         "run_id": folder.run_id,
-        "model": config.model.name,
+        "model": label,
         "series": [s.unique_id for s in own],
         "horizons": list(horizons),
         "folds": [{**s.as_dict(), **extra} for s, extra in zip(splits, summaries, strict=True)],
@@ -265,8 +267,10 @@ def _splits(config: Config, own: Sequence[RawSeries]) -> list[Split]:
     return splits
 
 
-def _trained_before(home: Path, config: Config, run: str, splits: Sequence[Split]) -> art.Artefact:
-    folder, made = art.open_trained(home, run)
+def _trained_before(
+    home: Path, config: Config, run: str, splits: Sequence[Split], trust: bool
+) -> art.Artefact:
+    folder, made = art.open_trained(home, run, trust=trust)
     known_until = parse_time(folder.read_manifest()["known_until"])
     if known_until > splits[0].test_since_ms:
         raise UsageError(

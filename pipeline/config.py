@@ -285,7 +285,7 @@ class ModelConfig:
     """The network."""
 
     name: str = "gru"
-    """Name of the model."""
+    """Name of the model, or path/to/file.py:Class for one of your own."""
 
     hidden: int = 64
     """Width of the recurrent state, 1 to 4096."""
@@ -326,6 +326,12 @@ class TrainConfig:
     burn_in: int = 128
     """First bars of a window that only warm the state up and carry no loss, 0 to window - 1."""
 
+    state: str = "fresh"
+    """fresh: every window begins from nothing; carried: windows follow one another and hand their state on."""
+
+    checkpoint: int = 0
+    """Bars per piece of a window that is computed again in the backward pass to save memory, 0 (off) to 65536."""
+
     lr: float = 3e-3
     """Peak learning rate, above 0, at most 1."""
 
@@ -340,6 +346,15 @@ class TrainConfig:
 
     device: str = "auto"
     """auto, cpu or cuda."""
+
+    precision: str = "auto"
+    """float32, bf16 (weights stay float32), or auto: bf16 on a GPU and float32 elsewhere."""
+
+    compile: bool = False
+    """Whether a GPU runs the network through torch.compile; without a GPU it makes no difference."""
+
+    deterministic: bool = False
+    """Whether only algorithms that give the same bits every time are used, also on a GPU, where it costs speed."""
 
     val_days: int = 60
     """Last days of the training range that decide when to stop, 1 to 10000."""
@@ -362,6 +377,8 @@ class TrainConfig:
             "horizons": _within(1, 1000), "epochs": count, "batch": _within(1, 65_536),
             "window": _within(2, 65_536), "burn_in": _within(0, 65_535), "lr": _within(0, 1, open_low=True),
             "weight_decay": _within(0, 1), "clip": _within(0, 1000, open_low=True), "seed": _within(0, 2**32 - 1),
+            "state": _one_of("fresh", "carried"), "checkpoint": _within(0, 65_536),
+            "precision": _one_of("auto", "float32", "bf16"),
             "device": _one_of("auto", "cpu", "cuda"), "val_days": count, "patience": count,
             "pool": _Rule("expected a file name", bool), "since": _TIME, "until": _TIME,
         }  # fmt: skip

@@ -219,6 +219,14 @@ def _one(series: RawSeries, raw: pl.DataFrame, transform: FeatureTransform) -> S
     )
 
 
+def elapsed_bars(observed: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """(T,) bars since the last observed bar before each one; 1 where there is none."""
+    index = np.arange(len(observed))
+    last = np.maximum.accumulate(np.where(observed, index, -1))
+    before = np.concatenate([[-1], last[:-1]])
+    return np.where(before >= 0, index - before, 1).astype(np.float32)
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """Spans of one fold, by cutoff (close time of the last bar used), half-open and in this order::

@@ -1,9 +1,10 @@
 """Training: whole contiguous stretches with a target at every step, by Lightning, resumable after a kill.
 
-Windows of ``window`` bars start at a random offset each epoch and overlap by ``burn_in`` bars, in which the state
-warms up and no loss is taken (truncated BPTT from a fresh state). After every epoch weights, optimiser, and history
-are written as safetensors and JSON in one atomic step; a killed run continues from there and ends as an undisturbed
-one would, since the randomness of an epoch depends on (seed, epoch) alone.
+Windows of ``train.window`` bars are what gradients flow through (truncated BPTT, Williams & Peng 1990); whether a
+window begins from nothing or from the state that the one before it left is ``train.state`` (see
+:mod:`recur.pipeline.samples`). After every epoch weights, optimiser, and history are written as safetensors and JSON
+in one atomic step; a killed run continues from there and ends as an undisturbed one would, since the randomness of
+an epoch depends on (seed, epoch) alone and no state is carried from one epoch into the next.
 """
 
 from __future__ import annotations
@@ -12,149 +13,124 @@ import json
 import logging
 import math
 import os
+import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from recur.models.forecaster import Forecaster, forecast_loss, pinball_loss
+from recur.models.forecaster import Forecaster, Outputs, forecast_loss, pinball_loss
+from recur.models.interface import State
 from recur.pipeline.config import TrainConfig
-from recur.pipeline.dataset import SeriesArrays, Split, label_mask
+from recur.pipeline.dataset import SeriesArrays, Split
+from recur.pipeline.samples import Batch, Streams, Windows, make_samples
 from recur.vocabulary import DataMissing, RecurError, UsageError
 
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # x (B,W,F), symbol (B,), target (B,W,H), mask (B,W,H)
-SYMBOL_DROP = 0.1
-"""Share of windows whose symbol is hidden, so that embedding 0 learns to stand for any other market."""
+_UNDECAYED_NAMES = ("bias", "A_log", "dt_bias", "D")
 
 
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """One series ready for the network: ``x`` (T, F), ``target`` (T, H) in units of scale, ``mask`` (T, H)."""
+def decay_groups(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(decayed, plain): weight decay is for matrices that mix; pulling anything else to zero has no sense.
 
-    symbol: int
-    x: Tensor
-    target: Tensor
-    mask: Tensor
-
-
-def make_samples(
-    series: Sequence[SeriesArrays],
-    symbols: dict[str, int],
-    horizons: Sequence[int],
-    since_ms: int,
-    until_ms: int,
-) -> list[Samples]:
-    """Samples of every series with at least one label inside ``[since, until)``; bars after ``until`` are cut off."""
-    out = []
-    for s in series:
-        mask = label_mask(s, horizons, since_ms, until_ms)
-        if not mask.any():
-            continue
-        end = int(np.searchsorted(s.close_ms, until_ms, side="right"))
-        first = max(0, int(np.argmax(mask.any(axis=1))) - 4096)  # enough earlier bars for any warm-up
-        y = np.where(mask, s.target / s.scale, 0.0)[first:end]
-        out.append(
-            Samples(
-                symbols.get(s.symbol, 0),
-                torch.from_numpy(s.x[first:end]),
-                torch.from_numpy(y.astype(np.float32)),
-                torch.from_numpy(mask[first:end]),
-            )
-        )
-    return out
-
-
-class Windows(IterableDataset[Batch]):
-    """Batches of windows. ``shuffle`` draws new offsets and a new order for each epoch from (seed, epoch)."""
-
-    def __init__(
-        self, samples: Sequence[Samples], window: int, burn_in: int, batch: int, seed: int, shuffle: bool
-    ):
-        self.samples, self.window, self.burn_in, self.batch = samples, window, burn_in, batch
-        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
-
-    def _starts(self, rng: np.random.Generator) -> NDArray[np.int64]:
-        pairs = []
-        stride = self.window - self.burn_in
-        for i, s in enumerate(self.samples):
-            offset = -int(rng.integers(0, stride)) if self.shuffle else 0
-            live = torch.nonzero(s.mask.any(1)).flatten()
-            first, last = int(live[0]), int(live[-1])
-            for start in range(first + offset - self.burn_in, last + 1 - self.burn_in, stride):
-                pairs.append((i, start))
-        return np.array(pairs, dtype=np.int64).reshape(-1, 2)
-
-    def __len__(self) -> int:
-        return math.ceil(len(self._starts(np.random.default_rng((self.seed, self.epoch)))) / self.batch)
-
-    def __iter__(self) -> Iterator[Batch]:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        pairs = self._starts(rng)
-        if self.shuffle:
-            rng.shuffle(pairs)
-        for at in range(0, len(pairs), self.batch):
-            yield self._collate(pairs[at : at + self.batch], rng)
-
-    def _collate(self, pairs: NDArray[np.int64], rng: np.random.Generator) -> Batch:
-        first = self.samples[0]
-        x = torch.zeros(len(pairs), self.window, first.x.shape[1])
-        y = torch.zeros(len(pairs), self.window, first.target.shape[1])
-        mask = torch.zeros(len(pairs), self.window, first.target.shape[1], dtype=torch.bool)
-        symbol = torch.zeros(len(pairs), dtype=torch.long)
-        for row, (i, start) in enumerate(pairs):
-            s = self.samples[i]
-            low, high = max(start, 0), min(start + self.window, len(s.x))
-            # A stretch that begins before the series begins sits at the left edge: nothing is padded before it.
-            n = max(high - low, 0)
-            x[row, :n], y[row, :n], mask[row, :n] = s.x[low:high], s.target[low:high], s.mask[low:high]
-            warm = self.burn_in if start > 0 else max(0, self.burn_in + start)
-            mask[row, :warm] = False
-            hidden = self.shuffle and rng.random() < SYMBOL_DROP
-            symbol[row] = 0 if hidden else s.symbol
-        return x, symbol, y, mask
+    Plain are biases, embeddings, the gains of norms and whatever else has one dimension, what a state-space model
+    calls ``A_log``, ``dt_bias`` and ``D``, and every parameter with a true ``_no_weight_decay``.
+    """
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for module in net.modules():
+        whole = isinstance(module, nn.Embedding | nn.LayerNorm | nn.RMSNorm)
+        for name, p in module.named_parameters(recurse=False):
+            free = whole or p.ndim < 2 or getattr(p, "_no_weight_decay", False)
+            free = free or any(name == n or name.startswith((f"{n}_", "bias")) for n in _UNDECAYED_NAMES)
+            (plain if free else decayed).append(p)
+    return decayed, plain
 
 
 class ForecasterModule(L.LightningModule):
     """Loss, optimiser and schedule around a :class:`Forecaster`."""
 
     def __init__(
-        self, net: Forecaster, config: TrainConfig, steps_per_epoch: int, first_step: int = 0
+        self,
+        net: Forecaster,
+        config: TrainConfig,
+        steps_per_epoch: int,
+        first_step: int = 0,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.net, self.config, self.first_step = net, config, first_step
+        # The function alone: the network itself stays as it is, also for what comes after training.
+        self.run: Callable[..., tuple[Outputs, State]] = (
+            torch.compile(net.forward) if compiled else net.forward
+        )
         self.total_steps = max(1, steps_per_epoch * config.epochs)
         self.val_sums: list[tuple[Tensor, Tensor]] = []
+        self.state: State | None = None
+
+    def on_train_epoch_start(self) -> None:
+        self.state = None
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        x, symbol, y, mask = batch
-        out, _state = self.net(x, symbol)
-        loss = forecast_loss(out, y, mask)
+        steps = self.net.steps(batch.observed, batch.elapsed)
+        out, state = self.run(batch.x, batch.symbol, self._begin(batch.fresh), steps)
+        if self.config.state == "carried":
+            self.state = {k: v.detach() for k, v in state.items()}
+        loss = forecast_loss(out, batch.target, batch.mask)
         if not torch.isfinite(loss):
             raise RecurError(
-                f"The training loss became {loss.item()} at step {self.global_step}: stopped before the update.",
-                "Lower train.lr, or look for broken bars with 'recur status'.",
+                f"The training loss became {loss.item()} at step {self._step}: stopped before the update.",
+                _REMEDY,
             )
         if self.global_step % 10 == 0:
             self.log("train_loss", loss, prog_bar=True)
         return loss
 
+    def _begin(self, fresh: Tensor) -> State | None:
+        """The state before a batch: nothing for ``fresh`` rows, what the last batch left for the others."""
+        if self.state is None:
+            return None
+        start = self.net.init_state(len(fresh))
+        return {
+            k: torch.where(fresh.view(-1, *(1,) * (v.ndim - 1)), v, self.state[k].to(v.dtype))
+            for k, v in start.items()
+        }
+
+    @property
+    def _step(self) -> int:
+        return self.first_step + self.global_step
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Scale all gradients to a norm of at most ``train.clip``; stop when the norm is not a number."""
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), gradient_clip_val or math.inf)
+        if not torch.isfinite(norm):
+            raise RecurError(
+                f"The gradient norm became {norm.item()} at step {self._step}: stopped before the update.",
+                _REMEDY,
+            )
+        if self.global_step % 10 == 0:
+            self.log("gradient_norm", norm)
+
     def validation_step(self, batch: Batch, _: int) -> None:
-        x, symbol, y, mask = batch
-        out, _state = self.net(x, symbol)
-        weight = mask.sum((0, 1)).float()
-        self.val_sums.append((pinball_loss(out, y, mask) * weight, weight))
+        steps = self.net.steps(batch.observed, batch.elapsed)
+        out, _state = self.net(batch.x, batch.symbol, None, steps)
+        weight = batch.mask.sum((0, 1)).float()
+        self.val_sums.append((pinball_loss(out, batch.target, batch.mask) * weight, weight))
 
     def on_validation_epoch_end(self) -> None:
         total = torch.stack([s for s, _ in self.val_sums]).sum(0)
@@ -163,8 +139,9 @@ class ForecasterModule(L.LightningModule):
         self.log("val_pinball", (total / weight.clamp(min=1)).mean(), prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        decayed = [p for n, p in self.named_parameters() if p.ndim >= 2 and "embedding" not in n]
-        plain = [p for n, p in self.named_parameters() if not (p.ndim >= 2 and "embedding" not in n)]
+        """AdamW (Loshchilov & Hutter 2019) with a linear warm-up over a twentieth of all steps, then half a cosine
+        down to a fiftieth of the peak."""
+        decayed, plain = decay_groups(self.net)
         optimizer = torch.optim.AdamW(
             [
                 {"params": decayed, "weight_decay": self.config.weight_decay},
@@ -184,6 +161,9 @@ class ForecasterModule(L.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+_REMEDY = "Lower train.lr, or look for broken bars with 'recur status'."
 
 
 @dataclass(slots=True)
@@ -276,6 +256,36 @@ def choose_device(device: str) -> str:
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def _precision(precision: str, device: str) -> Any:
+    """Lightning's word for ``train.precision``: weights stay float32, ``bf16`` is for the products."""
+    half = precision == "bf16" or (precision == "auto" and device == "cuda")
+    return "bf16-mixed" if half else "32-true"
+
+
+@contextmanager
+def _deterministic(asked: bool) -> Iterator[None]:
+    """Put torch's global switch, which Lightning turns on when ``asked``, back to where it was."""
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        if asked:
+            torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what Lightning says about itself."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        warnings.filterwarnings("ignore", module=r"torch\..*", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+        warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\).*")
+        yield
+
+
 def fit(
     net: Forecaster,
     train: Sequence[SeriesArrays],
@@ -300,7 +310,8 @@ def fit(
                 f"The {name} span of {split.as_dict()} holds no complete label.",
                 "Fetch a longer history ('recur fetch --days'), or lower train.val_days.",
             )
-    batches = Windows(learn, config.window, config.burn_in, config.batch, config.seed, shuffle=True)
+    way = Streams if config.state == "carried" else Windows
+    batches = way(learn, config.window, config.burn_in, config.batch, config.seed, shuffle=True)
     held_out = Windows(check, config.window, config.burn_in, 4 * config.batch, config.seed, shuffle=False)
     steps = len(batches)
     state_path = folder / "state.safetensors"
@@ -315,26 +326,23 @@ def fit(
         callbacks.append(_Restore(tensors))
     left = config.epochs - done.epoch
     if left > 0 and done.waited < config.patience:
-        module = ForecasterModule(net, config, steps, first_step=done.step)
         device = choose_device(config.device)
+        compiled = config.compile and device == "cuda"
+        module = ForecasterModule(net, config, steps, first_step=done.step, compiled=compiled)
         logs = folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         callbacks.append(keeper)
         if progress:
             callbacks.append(RichProgressBar(leave=False))
-        for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\..*")
-            warnings.filterwarnings("ignore", module=r"torch\..*", category=DeprecationWarning)
-            warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
-            warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\).*")
+        net.chunk = config.checkpoint
+        with _quiet(), _deterministic(config.deterministic):
             trainer = L.Trainer(
                 accelerator="gpu" if device == "cuda" else "cpu",
                 devices=1,
-                precision="bf16-mixed" if device == "cuda" else "32-true",
+                precision=_precision(config.precision, device),
                 max_epochs=left,
                 gradient_clip_val=config.clip,
+                deterministic=config.deterministic,
                 logger=[
                     TensorBoardLogger(logs, name="tensorboard", version=f"from_epoch_{done.epoch}"),
                     CSVLogger(logs, name="csv", version=f"from_epoch_{done.epoch}"),
@@ -347,13 +355,18 @@ def fit(
                 num_sanity_val_steps=2 if done.epoch == 0 else 0,
                 reload_dataloaders_every_n_epochs=1,
             )
-            trainer.fit(
-                module,
-                DataLoader(batches, batch_size=None),
-                DataLoader(held_out, batch_size=None),
-            )
-            if trainer.interrupted:
-                raise KeyboardInterrupt
+            on_interrupt = signal.getsignal(signal.SIGINT)
+            try:
+                trainer.fit(
+                    module,
+                    DataLoader(batches, batch_size=None),
+                    DataLoader(held_out, batch_size=None),
+                )
+            except SystemExit:  # what Lightning makes of Ctrl-C, and it ignores the signal from then on
+                if not trainer.interrupted:
+                    raise
+                signal.signal(signal.SIGINT, on_interrupt)
+                raise KeyboardInterrupt from None
     p = keeper.progress
     if keeper.best:
         net.load_state_dict(keeper.best)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from recur.models.forecaster import Forecaster
-from recur.pipeline.dataset import SeriesArrays
+from recur.pipeline.dataset import SeriesArrays, elapsed_bars
 
 Floats = NDArray[np.float64]
 
@@ -54,8 +54,13 @@ def forecast(
         if not len(index):
             continue
         first = max(0, int(index[0]) - warm_up)
-        x = torch.from_numpy(s.x[first : int(index[-1]) + 1])[None]
-        got, _ = net(x, torch.tensor([symbols.get(s.symbol, 0)]))
+        used = slice(first, int(index[-1]) + 1)
+        marks = net.steps(
+            torch.from_numpy(s.observed[used].copy())[None],
+            torch.from_numpy(elapsed_bars(s.observed)[used])[None],
+        )
+        x = torch.from_numpy(s.x[used])[None]
+        got, _ = net(x, torch.tensor([symbols.get(s.symbol, 0)]), None, marks)
         rows = index - first
         scale = s.scale[index]
         out.append(

@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 
+from recur.models.registry import model_label
 from recur.pipeline.artefact import open_trained
 from recur.pipeline.config import Config, MarketConfig, load_config
 from recur.pipeline.dataset import arrays
@@ -20,17 +21,20 @@ from recur.storage.store import Store
 from recur.vocabulary import INTERVALS, DataMissing, UsageError, from_ms, iso, next_open
 
 
-def predict(home: Path, config: Config, *, run: str | None, as_of_ms: int | None) -> dict[str, Any]:
+def predict(
+    home: Path, config: Config, *, run: str | None, as_of_ms: int | None, trust: bool = False
+) -> dict[str, Any]:
     """``{"forecasts": [rows], "appended": n}``: one row per configured series and horizon.
 
-    Only bars closed at ``as_of_ms`` (now) are used, as the store knew them then (see ``stored_series``). A series whose cutoff is in the ledger already is forecast
-    again for the reader, but appended nothing. Raises DataMissing without a trained run or without bars.
+    Only bars closed at ``as_of_ms`` (now) are used, as the store knew them then (see ``stored_series``). A series
+    whose cutoff is in the ledger already is forecast again for the reader, but appended nothing. ``trust`` lets a
+    run of a user's own model run its code. Raises DataMissing without a trained run or without bars.
     """
     now_ms = int(time.time() * 1000)
     run = run or latest_run(home, "train")
     if run is None:
         raise DataMissing(f"There is no trained run in {home}.", "Run 'recur train price' first.")
-    folder, made = open_trained(home, run)
+    folder, made = open_trained(home, run, trust=trust)
     theirs, _ = load_config([folder.config], [], {})
     # A run knows its market; symbols may be chosen, the interval may not.
     default = MarketConfig()
@@ -62,7 +66,9 @@ def predict(home: Path, config: Config, *, run: str | None, as_of_ms: int | None
             )
         last = int(data.close_ms[usable[-1]])
         out += forecast(made.net, [data], made.symbols, last, last + 1, config.train.window)
-    rows = forecast_rows(out, made.transform.horizons, interval, config.model.name, run).drop("actual")
+    rows = forecast_rows(out, made.transform.horizons, interval, model_label(config.model.name), run).drop(
+        "actual"
+    )
     known = _known_at(store, config, since, as_of)
     rows = rows.with_columns(
         pl.lit(from_ms(now_ms)).dt.cast_time_unit("ms").alias("made_at"),

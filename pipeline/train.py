@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from recur.models.forecaster import Forecaster, ForecasterSpec
+from recur.models.own import source_sha256
+from recur.models.registry import Core, find_core, is_own, model_label
 from recur.pipeline import artefact as art
 from recur.pipeline.config import Config, dump_toml, load_config
 from recur.pipeline.dataset import RawSeries, SeriesArrays, Split, arrays, fit_transform, make_split
@@ -29,12 +31,15 @@ from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_
 from recur.vocabulary import INTERVALS, UsageError, did_you_mean, iso, next_open, parse_time
 
 
-def build_net(config: Config, transform: FeatureTransform, symbols: dict[str, int]) -> Forecaster:
-    """A fresh network; its initial weights depend on ``train.seed`` alone."""
+def build_net(
+    config: Config, transform: FeatureTransform, symbols: dict[str, int], core: Core | None = None
+) -> Forecaster:
+    """A fresh network around ``core`` (else the configured model); its weights depend on ``train.seed`` alone."""
+    core = core or find_core(config.model.name)
     torch.manual_seed(config.train.seed)
     return Forecaster(
         ForecasterSpec(
-            model=config.model.name,
+            model=Path(core.name).name,
             n_features=len(transform.names),
             n_symbols=len(symbols) + 1,
             horizons=transform.horizons,
@@ -43,7 +48,10 @@ def build_net(config: Config, transform: FeatureTransform, symbols: dict[str, in
             embed=config.model.embed,
             dropout=config.model.dropout,
             drift=config.model.drift,
-        )
+            continuous=core.continuous,
+            sha256=source_sha256(core.source) if core.source else "",
+        ),
+        core,
     )
 
 
@@ -66,8 +74,9 @@ def fit_fold(
     f = config.features
     transform = fit_transform(series, interval, horizons, split.train_until_ms, bool(f.fine), f.news)
     data = arrays(series, transform)
-    made = art.Artefact(build_net(config, transform, symbols := symbol_table(series)), transform, symbols)
-    art.save_spec(folder, made)
+    symbols, core = symbol_table(series), find_core(config.model.name)
+    made = art.Artefact(build_net(config, transform, symbols, core), transform, symbols)
+    art.save_spec(folder, made, core)
     summary = fit(made.net, data, symbols, split, config.train, folder.path, progress=progress)
     art.save_weights(folder, made.net)
     return made, data, summary
@@ -83,6 +92,7 @@ def train_price(
     """
     started = time.monotonic()
     choose_device(config.train.device)
+    find_core(config.model.name)  # a model that cannot be built is refused before anything is read
     if resume:
         folder, config = _resumed(home, config, resume)
         if folder.status() == COMPLETE:
@@ -101,13 +111,13 @@ def train_price(
     split = replace(split, train_until_ms=split.val_since_ms - gap_ms(config))
     if not resume:
         config = replace(config, train=replace(config.train, until=iso(end)))
-        folder = RunFolder(home, new_run_id("train", config.model.name, int(time.time() * 1000)))
+        folder = RunFolder(home, new_run_id("train", model_label(config.model.name), int(time.time() * 1000)))
         folder.write_text("config.toml", dump_toml(config))
         folder.write_json("manifest.json", _manifest(config, folder, own, series, split, RUNNING, 0.0))
     made, _, summary = fit_fold(series, split, config, folder, progress=progress)
     metrics: dict[str, Any] = {
         "run_id": folder.run_id,
-        "model": config.model.name,
+        "model": model_label(config.model.name),
         "series": [s.unique_id for s in own],
         "horizons": list(config.train.horizons),
         "parameters": sum(p.numel() for p in made.net.parameters()),
@@ -132,7 +142,7 @@ def _manifest(
     return {
         "run_id": folder.run_id,
         "kind": "train",
-        "model": config.model.name,
+        "model": model_label(config.model.name),
         "status": status,
         "seed": config.train.seed,
         "device": choose_device(config.train.device),
@@ -163,6 +173,8 @@ def _resumed(home: Path, config: Config, resume: str) -> tuple[RunFolder, Config
             f"Remove {folder.path} and train again.",
         )
     theirs, _ = load_config([folder.config], [], {})
+    if is_own(theirs.model.name):
+        theirs = replace(theirs, model=replace(theirs.model, name=_same_file(folder, config, theirs)))
     if folder.features.exists():
         before = [f["name"] for f in folder.read_json("features.json")["features"]]
         now = FeatureTransform(
@@ -175,3 +187,21 @@ def _resumed(home: Path, config: Config, resume: str) -> tuple[RunFolder, Config
                 f"Use the configuration {folder.config}, or start a new run without --resume.",
             )
     return folder, theirs
+
+
+def _same_file(folder: RunFolder, config: Config, theirs: Config) -> str:
+    """The file named now for a run of a user's own model; resuming runs its code, so it must be named again."""
+    if model_label(config.model.name) != model_label(theirs.model.name):
+        raise UsageError(
+            f"Run {folder.run_id} trains a model of its own, {model_label(theirs.model.name)}, and going on runs its code.",
+            f"Name it again: --model {theirs.model.name}",
+        )
+    if (folder.path / art.OWN_SOURCE).exists():
+        before = source_sha256((folder.path / art.OWN_SOURCE).read_bytes())
+        now = source_sha256(find_core(config.model.name).source)
+        if before != now:
+            raise UsageError(
+                f"{config.model.name} has changed since run {folder.run_id} began: sha256 {now[:12]}…, was {before[:12]}….",
+                "Put the file back as it was, or start a new run without --resume.",
+            )
+    return config.model.name

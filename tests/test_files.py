@@ -177,7 +177,9 @@ def test_funding_is_read_and_checked(tmp_path: Path) -> None:
 
 def test_sniffing_tells_candles_and_refuses_other_files(tmp_path: Path) -> None:
     assert sniff(csv(tmp_path, *GOOD)) == "candles"
-    with pytest.raises(UsageError, match=r"holds none of candles, funding, .*: found the columns text, label"):
+    with pytest.raises(
+        UsageError, match=r"holds none of candles, funding, .*: found the columns text, label"
+    ):
         sniff(csv(tmp_path, "hello,1", header="text,label"))
 
 

@@ -1,0 +1,145 @@
+"""The proof that every model must give: its ways of running agree, in float64.
+
+Whole sequence, step by step, in any pieces with the state carried, restarted in the middle, and over missing bars:
+five ways to compute the same numbers. The check draws its weights and inputs from a seed of its own and leaves the
+global generator as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from recur.models.interface import SequenceModel, State, Steps
+from recur.vocabulary import RecurError
+
+BATCH = 3
+
+
+class ParityError(RecurError):
+    """A model that cannot be run, or whose ways of running disagree."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParityReport:
+    """Largest absolute difference of outputs, then and afterwards, in each comparison, and what was tolerated."""
+
+    steps: float
+    """``step`` over all bars against ``forward`` over the whole."""
+    pieces: float
+    """``forward`` over uneven pieces with carried state against the whole."""
+    reset: float
+    """A reset in the middle against two separate sequences, by ``forward`` and by ``step``."""
+    missing: float
+    """Steps that are not valid against the same sequence without them, by ``forward`` and by ``step``."""
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return max(self.steps, self.pieces, self.reset, self.missing) <= self.tolerance  # False for NaN
+
+    def __str__(self) -> str:
+        names = ("steps", "pieces", "reset", "missing")
+        return ", ".join(f"{name} {asdict(self)[name]:.1e}" for name in names)
+
+
+def check_parity(build: Callable[[], SequenceModel], tolerance: float = 1e-9) -> ParityReport:
+    """Build a model, give it random float64 weights near its own start, and compare its ways of running.
+
+    Raises ParityError when the model breaks the interface (shapes, state, types); a disagreement is reported, not
+    raised.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build()
+        if not isinstance(model, nn.Module) or not isinstance(model, SequenceModel):
+            raise ParityError(
+                f"{type(model).__name__} is no sequence model: expected a torch.nn.Module with d_in, d_out, init_state,"
+                " forward and step."
+            )
+        model.double().eval()
+        with torch.no_grad():
+            for p in model.parameters():  # a part that begins at zero would hide its faults
+                p.add_(0.05 * torch.randn_like(p))
+            u = torch.randn(BATCH, 41, model.d_in, dtype=torch.float64)
+            _check_state("init_state", model.init_state(BATCH))
+            whole = model(u)
+            _check_shapes(model, u, *whole)
+            return ParityReport(
+                steps=_far(model, _by_step(model, u, None), whole),
+                pieces=_far(model, _in_pieces(model, u, (1, 16, 17, 40)), whole),
+                reset=_reset(model, u),
+                missing=_missing(model, u),
+                tolerance=tolerance,
+            )
+
+
+def _check_state(source: str, state: State) -> None:
+    if not isinstance(state, dict) or not all(
+        isinstance(v, Tensor) and v.ndim and len(v) == BATCH for v in state.values()
+    ):
+        raise ParityError(f"The state of {source} is not a dict of tensors with the batch first.")
+
+
+def _check_shapes(model: SequenceModel, u: Tensor, y: Tensor, state: State) -> None:
+    if y.shape != (BATCH, u.shape[1], model.d_out):
+        raise ParityError(f"forward gave {tuple(y.shape)}, expected {(BATCH, u.shape[1], model.d_out)}.")
+    _check_state("forward", state)
+    fresh = model.init_state(BATCH)
+    if set(fresh) != set(state):
+        raise ParityError(f"init_state has the parts {sorted(fresh)}, forward gave {sorted(state)}.")
+    one, _ = model.step(u[:, 0], fresh)
+    if one.shape != (BATCH, model.d_out):
+        raise ParityError(f"step gave {tuple(one.shape)}, expected {(BATCH, model.d_out)}.")
+
+
+def _far(model: SequenceModel, a: tuple[Tensor, State], b: tuple[Tensor, State]) -> float:
+    """Largest difference of outputs, there and over further bars from both states; NaN when one is not finite.
+
+    States are compared by what follows from them: two caches may hold the same past in another order.
+    """
+    more = torch.randn(BATCH, 8, model.d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gaps = [(a[0] - b[0]).abs().max(), (model(more, a[1])[0] - model(more, b[1])[0]).abs().max()]
+    return float(torch.stack(gaps).max())
+
+
+def _by_step(model: SequenceModel, u: Tensor, marks: Steps | None) -> tuple[Tensor, State]:
+    state, out = model.init_state(u.shape[0]), []
+    for t in range(u.shape[1]):
+        y, state = model.step(u[:, t], state, None if marks is None else marks.at(t))
+        out.append(y)
+    return torch.stack(out, 1), state
+
+
+def _in_pieces(model: SequenceModel, u: Tensor, cuts: tuple[int, ...]) -> tuple[Tensor, State]:
+    state, out, low = model.init_state(u.shape[0]), [], 0
+    for high in (*cuts, u.shape[1]):
+        y, state = model(u[:, low:high], state)
+        out.append(y)
+        low = high
+    return torch.cat(out, 1), state
+
+
+def _reset(model: SequenceModel, u: Tensor) -> float:
+    at = 19
+    marks = Steps(reset=(torch.arange(u.shape[1]) == at).expand(u.shape[0], -1))
+    first, _ = model(u[:, :at])
+    second, end = model(u[:, at:])
+    apart = torch.cat([first, second], 1), end
+    return max(_far(model, model(u, None, marks), apart), _far(model, _by_step(model, u, marks), apart))
+
+
+def _missing(model: SequenceModel, u: Tensor) -> float:
+    """Without ``elapsed`` a missing step takes no time at all, so leaving it out must change nothing."""
+    valid = torch.ones(u.shape[1], dtype=torch.bool)
+    valid[[0, 7, 8, 9, 30]] = False
+    marks = Steps(valid=valid.expand(u.shape[0], -1))
+    y, end = model(u[:, valid])
+    full = u.new_zeros(u.shape[0], u.shape[1], model.d_out)
+    full[:, valid] = y
+    spoiled = torch.where(valid[:, None], u, torch.full_like(u, 1e3))
+    found = _far(model, model(spoiled, None, marks), (full, end))
+    return max(found, _far(model, _by_step(model, spoiled, marks), (full, end)))

@@ -1,0 +1,201 @@
+"""The registry imports nothing before it is asked to; a user's own model is checked, copied and only run on consent."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from recur import cli
+from recur.models.gru import GRU
+from recur.models.parity import ParityError, check_parity
+from recur.models.registry import MODELS, build_sequence_model, find_core, model_label
+from recur.pipeline.artefact import load_artefact
+from recur.pipeline.backtest import run_backtest
+from recur.pipeline.predict import predict
+from recur.pipeline.train import train_price
+from recur.storage.runs import RunFolder
+from recur.vocabulary import UsageError
+from tests.test_train import fill, small
+
+LEAKY = '''
+"""A leaky integrator: h' = (1 - a) h + a tanh(W u), y = h."""
+import torch
+from torch import nn
+from recur.models.steps import keep_invalid, restart, scan_steps
+
+
+class Leaky(nn.Module):
+    def __init__(self, d_in, d_out, layers, dropout):
+        super().__init__()
+        self.d_in, self.d_out = d_in, d_out
+        self.w = nn.Linear(d_in, d_out)
+        self.a = nn.Parameter(torch.zeros(d_out))
+
+    def init_state(self, batch):
+        return {"h": self.a.new_zeros(batch, self.d_out)}
+
+    def forward(self, u, state=None, steps=None):
+        return scan_steps(self, u, state, steps)
+
+    def step(self, u_t, state, steps=None):
+        before = restart(steps, state, self.init_state(u_t.shape[0]))
+        h = torch.lerp(before["h"], torch.tanh(self.w(u_t)), torch.sigmoid(self.a))
+        return keep_invalid(steps, h, {"h": h}, before)
+'''
+
+
+@pytest.fixture
+def leaky(tmp_path: Path) -> str:
+    (tmp_path / "mine.py").write_text(LEAKY)
+    return f"{tmp_path / 'mine.py'}:Leaky"
+
+
+def refusal(tmp_path: Path, source: str, name: str = "Leaky") -> str:
+    path = tmp_path / "broken.py"
+    path.write_text(source)
+    with pytest.raises(UsageError) as caught:
+        find_core(f"{path}:{name}")
+    return caught.value.message.replace(str(tmp_path), "")
+
+
+def test_importing_the_registry_imports_no_model() -> None:
+    script = (
+        "import sys, recur.models.registry as r;"
+        "print(sorted({m.partition(':')[0] for m in r.MODELS.values()} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_name_builds_a_model_whose_ways_of_running_agree(name: str) -> None:
+    module, _, cls = MODELS[name].partition(":")
+    if importlib.util.find_spec(module) is None or not hasattr(importlib.import_module(module), cls):
+        pytest.xfail(f"{MODELS[name]} is not written yet")
+    report = check_parity(lambda: build_sequence_model(name, 5, 8, 2, 0.1))
+    assert report.passed, str(report)
+
+
+def test_a_model_of_the_users_own_is_found_by_its_file_and_class(leaky: str) -> None:
+    core = find_core(leaky)
+    assert core.make(3, 4, 1, 0.0)(torch.zeros(2, 5, 3))[0].shape == (2, 5, 4)
+    assert core.source == LEAKY.encode()
+    assert not core.continuous
+    assert model_label(leaky) == "Leaky"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ('torch.lerp(before["h"], ', 'torch.lerp(0.5 * state["h"], ', "fails parity in float64"),
+        ("    def step(", "    def stride(", "is no sequence model"),
+        ("layers, dropout)", "layers)", "failed: TypeError"),
+        ("self.d_out)}", "self.d_out + 1)}", "failed: RuntimeError"),
+        ('return {"h": self', 'return {"g": self', "failed: KeyError: 'h'"),
+        ("torch.tanh(self.w(u_t))", "torch.tan(undefined)", "NameError: name 'undefined' is not defined (line 23)"),
+        ("class Leaky", "class Leeky", "has no class 'Leaky': found Leeky. Did you mean 'Leeky'?"),
+        ("import torch\n", "import torhc\n", "cannot be run: ModuleNotFoundError: No module named 'torhc' (line 3)"),
+        ("def init_state", "def init_state(", "cannot be run: SyntaxError"),
+    ],
+)  # fmt: skip
+def test_a_model_that_does_not_hold_is_refused_in_one_line(
+    tmp_path: Path, old: str, new: str, expected: str
+) -> None:
+    assert old in LEAKY
+    message = refusal(tmp_path, LEAKY.replace(old, new))
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_a_refusal_for_parity_gives_the_numbers(tmp_path: Path) -> None:
+    cheating = LEAKY.replace(
+        "return scan_steps(self, u, state, steps)",
+        "y, end = scan_steps(self, u, state, steps)\n        return y + 0.25, end",
+    )
+    message = refusal(tmp_path, cheating)
+    assert "largest differences steps 2.5e-01, pieces 0.0e+00, reset 2.5e-01, missing" in message
+    assert "tolerated 1e-09" in message
+
+
+def test_a_model_that_ignores_missing_bars_or_resets_is_found_out(tmp_path: Path) -> None:
+    deaf = LEAKY.replace("scan_steps(self, u, state, steps)", "scan_steps(self, u, state, None)")
+    report = refusal(tmp_path, deaf)
+    assert "steps 0.0e+00, pieces 0.0e+00" in report and "fails parity" in report
+
+
+def test_parity_checks_leave_the_random_numbers_of_the_caller_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    assert check_parity(lambda: GRU(3, 4)).passed
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_state_without_the_batch_first_is_refused() -> None:
+    class Odd(GRU):
+        def init_state(self, batch: int) -> dict[str, torch.Tensor]:
+            return {"h": super().init_state(batch)["h"].transpose(0, 1)}
+
+    with pytest.raises(ParityError, match="batch first"):
+        check_parity(lambda: Odd(3, 4, 2))
+
+
+def test_a_file_that_is_not_there_is_wrong_usage_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = str(tmp_path / "home")
+    assert cli.run(["train", "price", "--home", home, "--model", "nowhere.py:Name", "--json"]) == 2
+    assert "Cannot read the model file nowhere.py" in json.loads(capsys.readouterr().out)["error"]["message"]
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_run_of_an_own_model_keeps_its_code_and_opens_only_on_consent(tmp_path: Path, leaky: str) -> None:
+    fill(tmp_path)
+    config = replace(
+        small(), model=replace(small().model, name=leaky), train=replace(small().train, epochs=1)
+    )
+    config = replace(config, train=replace(config.train, until="2025-03-20"))
+    metrics = train_price(tmp_path, config, resume=None, progress=False)
+    folder = RunFolder(tmp_path, metrics["run_id"])
+    assert metrics["model"] == "Leaky"
+    assert metrics["run_id"].startswith("train-Leaky-")
+    assert (folder.path / "model.py").read_text() == LEAKY
+    assert folder.read_json("model.json")["spec"]["model"] == "mine.py:Leaky"
+
+    Path(leaky.partition(":")[0]).unlink()  # from here on the copy is all there is
+    with pytest.raises(UsageError, match="would run the code"):
+        predict(tmp_path, small(), run=folder.run_id, as_of_ms=None)
+    rows = predict(tmp_path, small(), run=folder.run_id, as_of_ms=None, trust=True)["forecasts"]
+    assert {r["model"] for r in rows} == {"Leaky"}
+    later = replace(small(), backtest=replace(small().backtest, test_since="2025-03-20", folds=1))
+    with pytest.raises(UsageError, match="would run the code"):
+        run_backtest(tmp_path, later, run=folder.run_id, progress=False)
+    judged = run_backtest(tmp_path, later, run=folder.run_id, progress=False, trust=True)
+    assert judged["model"] == "Leaky"
+
+    (folder.path / "model.py").write_text(LEAKY + "\n# more\n")
+    with pytest.raises(UsageError, match="is not the file that run"):
+        load_artefact(folder, trust=True)
+
+
+def test_going_on_with_an_own_model_takes_the_same_file_again(tmp_path: Path, leaky: str) -> None:
+    fill(tmp_path)
+    config = replace(
+        small(), model=replace(small().model, name=leaky), train=replace(small().train, epochs=1)
+    )
+    run = train_price(tmp_path, config, resume=None, progress=False)["run_id"]
+    with pytest.raises(UsageError, match="model of its own, Leaky, and going on runs its code"):
+        train_price(tmp_path, small(), resume=run, progress=False)
+    path = Path(leaky.partition(":")[0])
+    path.write_text(LEAKY + "\n# more\n")
+    with pytest.raises(UsageError, match="has changed since run"):
+        train_price(tmp_path, config, resume=run, progress=False)
+    path.write_text(LEAKY)
+    assert train_price(tmp_path, config, resume=run, progress=False)["run_id"] == run
