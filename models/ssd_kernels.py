@@ -77,10 +77,9 @@ def _flat(t: Tensor, i: int) -> Tensor:
     return t[:, :, :, i].flatten(3).view(b * c, q, -1) if t.ndim > 5 else t[:, :, :, i].view(b * c, q, -1)
 
 
-def _wide(per_head: Tensor, n: int, p: int) -> Tensor:
-    """(b, g, h) as (g, b, n, h·p) without a copy where it broadcasts."""
-    b, g, h = per_head.shape
-    return per_head.transpose(0, 1)[:, :, None, :, None].expand(g, b, 1, h, p).reshape(g, b, 1, h * p)
+def _wide(per_head: Tensor, p: int) -> Tensor:
+    """(b, c, g, h) as (g, b, c, 1, h·p), to multiply states with."""
+    return per_head.permute(2, 0, 1, 3).repeat_interleave(p, -1).unsqueeze(3)
 
 
 def _per_head(products: Tensor, heads: int) -> Tensor:
@@ -133,16 +132,18 @@ def scaled_forward(
         own[..., i] = _diagonal(scores, b)
         torch.bmm(scores.mul_(before), _flat(xs, i), out=y[i])
         torch.bmm(_flat(Bm, i).transpose(1, 2), _flat(xs, i), out=new[i].view(b * c, n, h * p))
-    torch.mul(state, _wide(half[:, 0], n, p), out=states[:, :, 0])
-    for k in range(c - 1):
-        _add_alive(new[:, :, k], states[:, :, k], marks, k)
-        torch.mul(new[:, :, k], _wide(half[:, k] * half[:, k + 1], n, p), out=states[:, :, k + 1])
-    _add_alive(new[:, :, -1], states[:, :, -1], marks, c - 1)
-    end = new[:, :, -1] * _wide(half[:, -1], n, p)
+    step = _wide(half * torch.cat([half[:, 1:], torch.ones_like(half[:, :1])], 1), p).unbind(2)
+    torch.mul(state, _wide(half[:, :1], p)[:, :, 0], out=states[:, :, 0])
+    at, to = states.unbind(2), new.unbind(2)
+    for k in range(c):
+        _add_alive(to[k], at[k], marks, k)
+        if k + 1 < c:
+            torch.mul(to[k], step[k], out=at[k + 1])
+    end = to[-1] * step[-1]
     for i in range(g):
         y[i].baddbmm_(_flat(Cm, i), states[i].view(b * c, n, h * p))
     y = y.view(g, b, c, q, h, p).permute(1, 2, 3, 0, 4, 5)
-    past = y.mul_(u.unsqueeze(-1)) if g == 1 else y * u.unsqueeze(-1)
+    past = torch.mul(y, u.unsqueeze(-1), out=y if g == 1 else torch.empty_like(xs))
     return Saved(cum, past, own, states, end)
 
 
@@ -177,34 +178,37 @@ def scaled_backward(
     dstates, dnew = x.new_empty(g, b, c, n, h * p), x.new_empty(g, b, c, n, h * p)
     for i in range(g):
         torch.bmm(_flat(Cm, i).transpose(1, 2), _flat(dys, i), out=dstates[i].view(b * c, n, h * p))
-    torch.mul(dend, _wide(half[:, -1], n, p), out=dnew[:, :, -1])
+    step = _wide(half * torch.cat([torch.ones_like(half[:, :1]), half[:, :-1]], 1), p).unbind(2)
+    torch.mul(dend, _wide(half[:, -1:], p)[:, :, 0], out=dnew[:, :, -1])
+    at, to = dnew.unbind(2), dstates.unbind(2)
     for k in range(c - 1, -1, -1):
-        _add_alive(dstates[:, :, k], dnew[:, :, k], marks, k)
+        _add_alive(to[k], at[k], marks, k)
         if k:
-            torch.mul(dstates[:, :, k], _wide(half[:, k] * half[:, k - 1], n, p), out=dnew[:, :, k - 1])
-    dstate = dstates[:, :, 0] * _wide(half[:, 0], n, p)
+            torch.mul(to[k], step[k], out=at[k - 1])
+    dstate = to[0] * step[0]
     dxs = x.new_empty(g, b * c, q, h * p)
-    dB, dC = torch.empty_like(B), torch.empty_like(C)
+    dB, dC = x.new_empty(g, b * c, q, n), x.new_empty(g, b * c, q, n)
     for i in range(g):
         Ci, Bi, xi, di = _flat(C, i), _flat(B, i), _flat(xs, i), _flat(dys, i)
         scores = torch.bmm(Ci, Bi.transpose(1, 2)).mul_(before)
         torch.bmm(scores.transpose(1, 2), di, out=dxs[i])
         dxs[i].baddbmm_(_flat(Bm, i), dnew[i].view(b * c, n, h * p))
         dscores = torch.bmm(di, xi.transpose(1, 2)).mul_(seen)
-        into_state = torch.bmm(di, states[i].view(b * c, n, h * p).transpose(1, 2))
-        out_of_x = torch.bmm(xi, dnew[i].view(b * c, n, h * p).transpose(1, 2))
+        torch.bmm(di, states[i].view(b * c, n, h * p).transpose(1, 2), out=dC[i])
+        torch.bmm(xi, dnew[i].view(b * c, n, h * p).transpose(1, 2), out=dB[i])
         if marks is not None:
-            into_state.mul_(marks.head.view(b * c, q, 1))
-            out_of_x.mul_(marks.tail.view(b * c, q, 1))
-        dC[:, :, :, i] = into_state.baddbmm_(dscores, Bi).view(b, c, q, n)
-        dB[:, :, :, i] = out_of_x.baddbmm_(dscores.transpose(1, 2), Ci).view(b, c, q, n)
+            dC[i].mul_(marks.head.view(b * c, q, 1))
+            dB[i].mul_(marks.tail.view(b * c, q, 1))
+        dC[i].baddbmm_(dscores, Bi)
+        dB[i].baddbmm_(dscores.transpose(1, 2), Ci)
+    dB, dC = (t.view(g, b, c, q, n).permute(1, 2, 3, 0, 4) for t in (dB, dC))
     leaving = x.new_empty(b, c, g, h)  # ⟨dS', S'⟩ of the state that leaves each chunk
     leaving[:, -1] = _per_head((dend * saved.end).unsqueeze(2), h)[:, 0]
     if c > 1:
         leaving[:, :-1] = _per_head(dstates[:, :, 1:].mul_(states[:, :, 1:]), h)
     dxs = dxs.view(g, b, c, q, h, p).permute(1, 2, 3, 0, 4, 5)
-    r = (dxs * x).sum(-1, dtype=torch.float64)
-    dcum = (dy * saved.past).sum(-1, dtype=torch.float64) - r * v
+    r = (dxs * x).sum(-1).double()
+    dcum = (dy * saved.past).sum(-1).double() - r * v
     dcum[:, :, -1] += leaving
     dx = dxs.mul_(v.unsqueeze(-1))
     return dx, r * grow, _log_decay_gradient(dcum), dB, dC, dstate
@@ -227,9 +231,10 @@ def exact_forward(
     for i in range(g):
         torch.bmm(_flat(Bm, i).transpose(1, 2), _flat(xw, i), out=new[i].view(b * c, n, h * p))
     states[:, :, 0] = state
+    at, to, through = states.unbind(2), new.unbind(2), _wide(whole, p).unbind(2)
     for k in range(c - 1):
-        torch.addcmul(new[:, :, k], states[:, :, k], _wide(whole[:, k], n, p), out=states[:, :, k + 1])
-    end = torch.addcmul(new[:, :, -1], states[:, :, -1], _wide(whole[:, -1], n, p))
+        torch.addcmul(to[k], at[k], through[k], out=at[k + 1])
+    end = torch.addcmul(to[-1], at[-1], through[-1])
     past, own = x.new_empty(b, c, q, g, h, p), x.new_empty(b, c, q, g)
     reach = _exp(cum, x.dtype).unsqueeze(-1)
     for i in range(g):
@@ -269,13 +274,12 @@ def exact_backward(
     for i in range(g):
         torch.bmm(_flat(Cm, i).transpose(1, 2), _flat(dyu, i), out=dstates[i].view(b * c, n, h * p))
     dnew[:, :, -1] = dend
+    at, to, through = dnew.unbind(2), dstates.unbind(2), _wide(whole, p).unbind(2)
     for k in range(c - 1, 0, -1):
-        torch.addcmul(
-            dstates[:, :, k], dnew[:, :, k], _wide(whole[:, k], n, p), out=dnew[:, :, k - 1]
-        )
-    dstate = torch.addcmul(dstates[:, :, 0], dnew[:, :, 0], _wide(whole[:, 0], n, p))
+        torch.addcmul(to[k], at[k], through[k], out=at[k - 1])
+    dstate = torch.addcmul(to[0], at[0], through[0])
     dxd = x.new_empty(b, c, q, g, h, p)
-    dB, dC = torch.empty_like(B), torch.empty_like(C)
+    dB, dC = x.new_empty(g, b * c, q, n), x.new_empty(g, b * c, q, n)
     xw = xd * late
     for i in range(g):
         Ci, Bi = _flat(C, i), _flat(B, i)
@@ -290,18 +294,19 @@ def exact_backward(
             inside = torch.bmm(decay.mul_(scores).transpose(1, 2), dyk).view(b, c, q, p)
             torch.addcmul(inside, carried[:, :, :, k], late[:, :, :, i, k], out=dxd[:, :, :, i, k])
         dscores.mul_(seen)
-        into_state = torch.bmm(_flat(dyu, i), states[i].view(b * c, n, h * p).transpose(1, 2))
-        out_of_x = torch.bmm(_flat(xw, i), dnew[i].view(b * c, n, h * p).transpose(1, 2))
+        torch.bmm(_flat(dyu, i), states[i].view(b * c, n, h * p).transpose(1, 2), out=dC[i])
+        torch.bmm(_flat(xw, i), dnew[i].view(b * c, n, h * p).transpose(1, 2), out=dB[i])
         if marks is not None:
-            into_state.mul_(marks.head.view(b * c, q, 1))
-            out_of_x.mul_(marks.tail.view(b * c, q, 1))
-        dC[:, :, :, i] = into_state.baddbmm_(dscores, Bi).view(b, c, q, n)
-        dB[:, :, :, i] = out_of_x.baddbmm_(dscores.transpose(1, 2), Ci).view(b, c, q, n)
+            dC[i].mul_(marks.head.view(b * c, q, 1))
+            dB[i].mul_(marks.tail.view(b * c, q, 1))
+        dC[i].baddbmm_(dscores, Bi)
+        dB[i].baddbmm_(dscores.transpose(1, 2), Ci)
+    dB, dC = (t.view(g, b, c, q, n).permute(1, 2, 3, 0, 4) for t in (dB, dC))
     leaving = x.new_empty(b, c, g, h)
     leaving[:, -1] = _per_head((dend * saved.end).unsqueeze(2), h)[:, 0]
     if c > 1:
         leaving[:, :-1] = _per_head(dnew[:, :, :-1].mul_(states[:, :, 1:]), h)
-    r = (dxd * x).sum(-1, dtype=torch.float64)
-    dcum = (dy * saved.past).sum(-1, dtype=torch.float64) - r * dt
+    r = (dxd * x).sum(-1).double()
+    dcum = (dy * saved.past).sum(-1).double() - r * dt
     dcum[:, :, -1] += leaving
     return dxd.mul_(dt.unsqueeze(-1)), r, _log_decay_gradient(dcum), dB, dC, dstate
