@@ -21,7 +21,10 @@ def _segment_sum(a: Tensor) -> Tensor:
 def listing(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int) -> Tensor:
     """Chunked state-space dual after listing 1 of arXiv:2405.21060, by einsum and autograd; one group."""
     b, length, h, _ = x.shape
-    split = [t.unflatten(1, (length // chunk, chunk)) for t in (x * dt.unsqueeze(-1), dt * A, B[:, :, 0], C[:, :, 0])]
+    split = [
+        t.unflatten(1, (length // chunk, chunk))
+        for t in (x * dt.unsqueeze(-1), dt * A, B[:, :, 0], C[:, :, 0])
+    ]
     X, a, Bc, Cc = split
     a = a.permute(0, 3, 1, 2)
     total = a.cumsum(-1)

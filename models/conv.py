@@ -129,9 +129,8 @@ def next_window(
     if segment is not None:
         padded = torch.cat([segment.new_zeros(batch, keep), segment], 1)
         at = (
-            (segment.new_full((batch, 1), length) if lengths is None else lengths.unsqueeze(1))
-            + torch.arange(keep, device=x.device)
-        )
+            segment.new_full((batch, 1), length) if lengths is None else lengths.unsqueeze(1)
+        ) + torch.arange(keep, device=x.device)
         out = out * (padded.gather(1, at) == segment[:, -1:]).to(x.dtype).unsqueeze(-1)
     return out
 

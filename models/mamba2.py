@@ -65,7 +65,9 @@ class Mamba2Mixer(nn.Module):
         self.shape = Shape(groups, inner // groups // head, head, d_state, chunk, eps)
         heads = inner // head
         self.in_proj = nn.Linear(d_model, inner + self.shape.conv + heads, bias=False)
-        self.conv1d = nn.Conv1d(self.shape.conv, self.shape.conv, taps, groups=self.shape.conv, padding=taps - 1)
+        self.conv1d = nn.Conv1d(
+            self.shape.conv, self.shape.conv, taps, groups=self.shape.conv, padding=taps - 1
+        )
         self.dt_bias = nn.Parameter(dt_bias_init(heads))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(heads))

@@ -66,7 +66,9 @@ def _tile(
     live: Tensor | None,
     segment: Tensor | None,
 ) -> _Tile:
-    z, raw, dt_raw, _ = zx.split([s.inner, s.conv, len(dt_bias), zx.shape[-1] - s.inner - s.conv - len(dt_bias)], -1)
+    z, raw, dt_raw, _ = zx.split(
+        [s.inner, s.conv, len(dt_bias), zx.shape[-1] - s.inner - s.conv - len(dt_bias)], -1
+    )
     pre = conv_forward(raw, conv_w, conv_b, window, segment)
     act = F.silu(pre).unflatten(1, (-1, s.chunk))
     x, B, C = act.split([s.inner, s.groups * s.state, s.groups * s.state], -1)

@@ -1,7 +1,7 @@
 """Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467), plain and gated.
 
-    RMSNorm(x) = w ∘ x / sqrt(mean(x²) + ε)
-    gated (Mamba-2, Dao and Gu 2024, arXiv:2405.21060, section 7): RMSNorm(y ∘ silu(z)), mean per group of channels
+RMSNorm(x) = w ∘ x / sqrt(mean(x²) + ε)
+gated (Mamba-2, Dao and Gu 2024, arXiv:2405.21060, section 7): RMSNorm(y ∘ silu(z)), mean per group of channels
 """
 
 from __future__ import annotations

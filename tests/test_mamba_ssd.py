@@ -169,9 +169,7 @@ def test_any_split_with_carried_state_equals_one_pass(length: int, cuts: list[in
 def test_a_step_equals_a_sequence_of_one_and_no_time_leaves_the_state() -> None:
     a = inputs(1, 2)
     y, end = ssd(*(a[k] for k in NAMES))
-    one, state = ssd_step(
-        a["x"][:, 0], a["dt"][:, 0], a["A"], a["B"][:, 0], a["C"][:, 0], a["D"], a["state"]
-    )
+    one, state = ssd_step(a["x"][:, 0], a["dt"][:, 0], a["A"], a["B"][:, 0], a["C"][:, 0], a["D"], a["state"])
     assert torch.allclose(one, y[:, 0], atol=1e-13) and torch.allclose(state, end, atol=1e-13)
     a["dt"] = torch.zeros_like(a["dt"])
     assert torch.equal(ssd(*(a[k] for k in NAMES))[1], a["state"])
@@ -201,7 +199,11 @@ def test_the_published_chunk_scan_gives_the_same_numbers(groups: int) -> None:
     h, p, n = 4, 6, 5
     first = a["state"].view(2, groups, n, h // groups, p).permute(0, 1, 3, 4, 2).reshape(2, h, p, n)
     y, end = theirs.mamba2_chunk_scan(
-        *(a[k] for k in ("x", "dt", "A", "B", "C")), 32, D=a["D"], initial_states=first, return_final_states=True
+        *(a[k] for k in ("x", "dt", "A", "B", "C")),
+        32,
+        D=a["D"],
+        initial_states=first,
+        return_final_states=True,
     )
     ours, last = ssd(*(a[k] for k in NAMES))
     last = last.view(2, groups, n, h // groups, p).permute(0, 1, 3, 4, 2).reshape(2, h, p, n)

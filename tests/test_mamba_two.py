@@ -35,7 +35,11 @@ def gradients(
     loss = sum((v * normal(v)).sum() for v in (y, end["conv"], end["ssm"]))
     assert isinstance(loss, Tensor)
     torch.autograd.backward(loss)
-    out = {k: p.grad for k, p in made.named_parameters()} | {k: v.grad for k, v in state.items()} | {"u": u.grad}
+    out = (
+        {k: p.grad for k, p in made.named_parameters()}
+        | {k: v.grad for k, v in state.items()}
+        | {"u": u.grad}
+    )
     return {"y": y.detach(), **{k: v.clone() for k, v in out.items() if v is not None}}
 
 
@@ -57,14 +61,13 @@ def test_one_node_and_the_composed_layer_give_the_same_output_and_gradients(
         assert torch.allclose(one[name], other[name], atol=1e-10, rtol=1e-10), name
 
 
-def test_float32_gradients_of_the_layer_stay_close_to_float64() -> None:
+def test_float32_gradients_of_the_layer_stay_within_two_millionths_of_float64() -> None:
     torch.manual_seed(0)
-    made, u = Mamba2Mixer(32), torch.randn(2, 200, 32)
+    made, u = Mamba2Mixer(64, head=32), torch.randn(2, 200, 64)
     single = gradients(made, made.forward, u, None, None)
     double = gradients(made.double(), made.forward, u.double(), None, None)
     for name, value in single.items():
-        bound = 1e-4 if name in ("A_log", "dt_bias") else 3e-6
-        assert (value.double() - double[name]).abs().max() < bound * double[name].abs().max(), name
+        assert (value.double() - double[name]).abs().max() < 2e-6 * double[name].abs().max(), name
 
 
 def test_the_published_layer_has_the_same_weights_by_name_and_gives_the_same_numbers() -> None:
