@@ -44,8 +44,8 @@ class AttentionMixer(nn.Module):
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(…, d) → q (…, H, d_head), k and v (…, H_kv, d_head)."""
-        k, v = self.kv_proj(u).unflatten(-1, (2, self.kv_heads, self.head)).unbind(-3)
-        return self.q_proj(u).unflatten(-1, (self.heads, self.head)), k, v
+        k, v = torch.unflatten(self.kv_proj(u), -1, (2, self.kv_heads, self.head)).unbind(-3)
+        return torch.unflatten(self.q_proj(u), -1, (self.heads, self.head)), k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (B, T, H, ·), k, v (B, S, H_kv, ·), mask (B or 1, T, S) or None for causal → (B, T, d)."""
@@ -58,7 +58,8 @@ class AttentionMixer(nn.Module):
             is_causal=mask is None,
             enable_gqa=self.kv_heads != self.heads,
         )
-        return self.out_proj(y.transpose(1, 2).flatten(2))
+        out: Tensor = self.out_proj(y.transpose(1, 2).flatten(2))
+        return out
 
     def forward(
         self, u: Tensor, state: State, lengths: Tensor | None = None, segment: Tensor | None = None

@@ -29,9 +29,9 @@ def _begun(segment: Tensor, n: int, dtype: torch.dtype) -> Tensor:
 
 
 def conv_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, window: Tensor | None, segment: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, segment: Tensor | None = None
 ) -> Tensor:
-    """x (B, T, C), weight (C, K), bias (C,), window (B, K−1, C) or None for zeros → y (B, T, C)."""
+    """x (B, T, C), weight (C, K), bias (C,), window (B, K−1, C) → y (B, T, C)."""
     length, taps = x.shape[1], weight.shape[1]
     w = weight.t().contiguous()
     y = torch.addcmul(bias, x, w[-1])
@@ -40,12 +40,10 @@ def conv_forward(
         if length > lag:
             past = x[:, :-lag] if segment is None else x[:, :-lag] * _same(segment, lag, x.dtype)
             y[:, lag:].addcmul_(past, tap)
-        if window is not None:
-            begin = taps - 1 - lag
-            past = window[:, begin : begin + n]
-            if segment is not None:
-                past = past * _begun(segment, n, x.dtype)
-            y[:, :n].addcmul_(past, tap)
+        past = window[:, taps - 1 - lag :][:, :n]
+        if segment is not None:
+            past = past * _begun(segment, n, x.dtype)
+        y[:, :n].addcmul_(past, tap)
     return y
 
 
@@ -53,15 +51,15 @@ def conv_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    window: Tensor | None,
+    window: Tensor,
     segment: Tensor | None,
     dx: Tensor,
     dweight: Tensor,
-) -> Tensor | None:
+) -> Tensor:
     """Gradient of :func:`conv_forward`: writes ``dx`` (B, T, C), adds to ``dweight`` (K, C), returns dwindow."""
     length, taps, channels = x.shape[1], weight.shape[1], x.shape[2]
     w = weight.t().contiguous()
-    dwindow = None if window is None else torch.zeros_like(window)
+    dwindow = torch.zeros_like(window)
     product = torch.empty_like(dy)
     ones = dy.new_ones(1, dy.shape[0] * length)
     torch.mul(dy, w[-1], out=dx)
@@ -75,13 +73,9 @@ def conv_backward(
             torch.mul(late, x[:, :-lag], out=product[:, lag:])
             product[:, :lag].zero_()
             dweight[taps - 1 - lag : taps - lag].addmm_(ones, product.view(-1, channels))
-        if window is not None and dwindow is not None:
-            begin = taps - 1 - lag
-            early = dy[:, :n]
-            if segment is not None:
-                early = early * _begun(segment, n, x.dtype)
-            dwindow[:, begin : begin + n].addcmul_(early, tap)
-            dweight[taps - 1 - lag] += (early * window[:, begin : begin + n]).sum((0, 1))
+        early = dy[:, :n] if segment is None else dy[:, :n] * _begun(segment, n, x.dtype)
+        dwindow[:, taps - 1 - lag :][:, :n].addcmul_(early, tap)
+        dweight[taps - 1 - lag] += (early * window[:, taps - 1 - lag :][:, :n]).sum((0, 1))
     return dwindow
 
 
@@ -94,7 +88,7 @@ class _Conv(torch.autograd.Function):
         return conv_forward(x, weight, bias, window, segment)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, window, segment = ctx.saved_tensors
         dy = dy.contiguous()

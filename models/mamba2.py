@@ -107,7 +107,7 @@ class Mamba2Mixer(nn.Module):
         s = self.shape
         raw = self.in_proj(u)
         wide = torch.promote_types(raw.dtype, torch.float32)
-        z, xbc, dt = raw.to(wide).split([s.inner, s.conv, len(self.D)], -1)
+        z, xbc, dt = torch.split(raw.to(wide), [s.inner, s.conv, len(self.D)], -1)
         with torch.autocast(u.device.type, enabled=False):
             xbc = xbc.contiguous()
             window = state["conv"].to(wide)
@@ -117,13 +117,13 @@ class Mamba2Mixer(nn.Module):
             if lengths is not None:
                 live = torch.arange(u.shape[1], device=u.device) < lengths.unsqueeze(1)
                 dt = dt * live.unsqueeze(-1)
-            x, B, C = act.split([s.inner, s.groups * s.state, s.groups * s.state], -1)
+            x, B, C = torch.split(act, [s.inner, s.groups * s.state, s.groups * s.state], -1)
             y, ssm = ssd(
-                x.unflatten(-1, (-1, s.head)),
+                torch.unflatten(x, -1, (-1, s.head)),
                 dt,
                 -torch.exp(self.A_log.to(wide)),
-                B.unflatten(-1, (s.groups, -1)),
-                C.unflatten(-1, (s.groups, -1)),
+                torch.unflatten(B, -1, (s.groups, -1)),
+                torch.unflatten(C, -1, (s.groups, -1)),
                 self.D,
                 state["ssm"],
                 segment,
@@ -137,16 +137,16 @@ class Mamba2Mixer(nn.Module):
         s = self.shape
         raw = self.in_proj(u_t)
         wide = torch.promote_types(raw.dtype, torch.float32)
-        z, xbc, dt = raw.to(wide).split([s.inner, s.conv, len(self.D)], -1)
+        z, xbc, dt = torch.split(raw.to(wide), [s.inner, s.conv, len(self.D)], -1)
         weight = self.conv1d.weight.squeeze(1).to(wide)
         xbc, window = conv_step(xbc, weight, self._conv_bias().to(wide), state["conv"].to(wide))
-        x, B, C = F.silu(xbc).split([s.inner, s.groups * s.state, s.groups * s.state], -1)
+        x, B, C = torch.split(F.silu(xbc), [s.inner, s.groups * s.state, s.groups * s.state], -1)
         y, ssm = ssd_step(
-            x.unflatten(-1, (-1, s.head)),
+            torch.unflatten(x, -1, (-1, s.head)),
             F.softplus(dt + self.dt_bias.to(wide)),
             -torch.exp(self.A_log.to(wide)),
-            B.unflatten(-1, (s.groups, -1)),
-            C.unflatten(-1, (s.groups, -1)),
+            torch.unflatten(B, -1, (s.groups, -1)),
+            torch.unflatten(C, -1, (s.groups, -1)),
             self.D.to(wide),
             state["ssm"].to(wide),
         )

@@ -66,12 +66,12 @@ def _tile(
     live: Tensor | None,
     segment: Tensor | None,
 ) -> _Tile:
-    z, raw, dt_raw, _ = zx.split(
-        [s.inner, s.conv, len(dt_bias), zx.shape[-1] - s.inner - s.conv - len(dt_bias)], -1
+    z, raw, dt_raw, _ = torch.split(
+        zx, [s.inner, s.conv, len(dt_bias), zx.shape[-1] - s.inner - s.conv - len(dt_bias)], -1
     )
     pre = conv_forward(raw, conv_w, conv_b, window, segment)
-    act = F.silu(pre).unflatten(1, (-1, s.chunk))
-    x, B, C = act.split([s.inner, s.groups * s.state, s.groups * s.state], -1)
+    act = torch.unflatten(F.silu(pre), 1, (-1, s.chunk))
+    x, B, C = torch.split(act, [s.inner, s.groups * s.state, s.groups * s.state], -1)
     dt_raw = dt_raw + dt_bias
     dt = F.softplus(dt_raw)
     if live is not None:
@@ -82,9 +82,9 @@ def _tile(
         pre,
         dt_raw,
         dt.view(*x.shape[:3], s.groups, s.heads),
-        x.unflatten(-1, (s.groups, s.heads, s.head)),
-        B.unflatten(-1, (s.groups, s.state)),
-        C.unflatten(-1, (s.groups, s.state)),
+        torch.unflatten(x, -1, (s.groups, s.heads, s.head)),
+        torch.unflatten(B, -1, (s.groups, s.state)),
+        torch.unflatten(C, -1, (s.groups, s.state)),
     )
 
 
@@ -127,7 +127,7 @@ class _Layer(torch.autograd.Function):
             marks = None if segment_k is None else chunk_marks(segment_k, s.chunk, u.dtype)
             saved, scaled = scan_tile(t.x, t.dt, A, t.B, t.C, state[k].transpose(0, 1), marks)
             y = torch.addcmul(saved.past, t.x, direct(saved.own, t.dt, D)).view(*t.z.shape)
-            gated = y.mul_(F.silu(t.z)).unflatten(-1, (s.groups, -1))
+            gated = torch.unflatten(y.mul_(F.silu(t.z)), -1, (s.groups, -1))
             torch.rsqrt((gated * gated).mean(-1, keepdim=True).add_(s.eps), out=rstd[k])
             torch.mm(gated.mul_(rstd[k]).view(-1, s.inner), back, out=out[k].view(-1, w_out.shape[0]))
             lengths_k = None if lengths is None else lengths[k]
@@ -142,7 +142,7 @@ class _Layer(torch.autograd.Function):
         return out, last, end.transpose(0, 1).contiguous()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None, dend: Tensor | None) -> tuple[Any, ...]:
         (u, w_in, conv_w, conv_b, dt_bias, A, D, norm_w, w_out, window, lengths, live, segment, zx, rstd, end,
          *rest) = ctx.saved_tensors  # fmt: skip
@@ -159,18 +159,19 @@ class _Layer(torch.autograd.Function):
             k = slice(r, r + ctx.rows)
             live_k, segment_k = (None if m is None else m[k] for m in (live, segment))
             t = _tile(s, zx[k], conv_w, conv_b, dt_bias, window[k], live_k, segment_k)
-            saved = Saved(*rest[4 * i : 4 * i + 4], end[:, k])
+            cum, past, own, states = rest[4 * i : 4 * i + 4]
+            saved = Saved(cum, past, own, states, end[:, k])
             y = torch.addcmul(saved.past, t.x, direct(saved.own, t.dt, D)).view(*t.z.shape)
             gate = F.silu(t.z)
-            normed = (y * gate).unflatten(-1, (s.groups, -1)).mul_(rstd[k])
+            normed = torch.unflatten(y * gate, -1, (s.groups, -1)).mul_(rstd[k])
             do = dout[k].view(-1, w_out.shape[0])
             dback.addmm_(do.t(), normed.view(-1, s.inner))
             dgated = torch.mm(do, back).view_as(normed)
             dgated.addcmul_(normed, (dgated * normed).mean(-1, keepdim=True), value=-1).mul_(rstd[k])
             dgated = dgated.view_as(y)
             dzx = torch.empty_like(zx[k])
-            dz, draw, ddt_raw, spare = dzx.split(
-                [s.inner, s.conv, len(dt_bias), wide.shape[0] - w_in.shape[0]], -1
+            dz, draw, ddt_raw, spare = torch.split(
+                dzx, [s.inner, s.conv, len(dt_bias), wide.shape[0] - w_in.shape[0]], -1
             )
             torch.ops.aten.silu_backward.grad_input(y.mul_(dgated), t.z, grad_input=dz)
             dy = dgated.mul_(gate).view(t.x.shape)
@@ -188,7 +189,7 @@ class _Layer(torch.autograd.Function):
             if dlast is not None:
                 from_raw, from_window = _through_window(t.raw, window[k], lengths, segment_k, k, dlast[k])
                 draw += from_raw
-                dwindow_k = dwindow_k + from_window if dwindow_k is not None else from_window
+                dwindow_k += from_window
             ddt = ddt.reshape(t.dt_raw.shape) * torch.sigmoid(t.dt_raw)
             if live_k is not None:
                 ddt = ddt * live_k.unsqueeze(-1)

@@ -34,6 +34,6 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         wide = torch.float32 if y.dtype in (torch.float16, torch.bfloat16) else y.dtype
-        gated = (y.to(wide) * nn.functional.silu(z.to(wide))).unflatten(-1, (self.groups, -1))
+        gated = torch.unflatten(y.to(wide) * nn.functional.silu(z.to(wide)), -1, (self.groups, -1))
         normed = nn.functional.rms_norm(gated, gated.shape[-1:], None, self.eps)
         return (normed.flatten(-2) * self.weight).to(y.dtype)

@@ -72,7 +72,7 @@ class _Selective(torch.autograd.Function):
         return y, end
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dend: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, starts, keep = ctx.saved_tensors
         dx, ddt, dB, dC = (torch.empty_like(v) for v in (x, dt, B, C))

@@ -115,7 +115,7 @@ class _SSD(torch.autograd.Function):
         return y, end.transpose(0, 1).contiguous()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dend: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, segment, end, *rest = ctx.saved_tensors
         dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
@@ -124,7 +124,8 @@ class _SSD(torch.autograd.Function):
         for i, r in enumerate(range(0, x.shape[0], ctx.rows)):
             s = slice(r, r + ctx.rows)
             marks = None if segment is None else chunk_marks(segment[s], ctx.chunk, x.dtype)
-            saved = Saved(*rest[4 * i : 4 * i + 4], end[:, s])
+            cum, past, own, states = rest[4 * i : 4 * i + 4]
+            saved = Saved(cum, past, own, states, end[:, s])
             part = scan_tile_backward(
                 dy[s], dend[s].transpose(0, 1), x[s], dt[s], A, B[s], C[s], D, saved, ctx.scaled[i], marks
             )
@@ -166,12 +167,12 @@ def ssd(
     skip = x.new_zeros(h) if D is None else D.to(wide)
     state = x.new_zeros(b, g, n, h // g * p) if state is None else state.to(wide)
     q = max(1, min(chunk, length))
-    parts = [pad_right(t, q).unflatten(1, (-1, q)) for t in (x, dt, B, C)]
+    parts = [torch.unflatten(pad_right(t, q), 1, (-1, q)) for t in (x, dt, B, C)]
     if segment is not None and segment.shape[1] % q:
         segment = torch.cat([segment, segment[:, -1:].expand(b, -segment.shape[1] % q)], 1)
     y, end = _SSD.apply(  # type: ignore[no-untyped-call]
-        parts[0].unflatten(3, (g, -1)),
-        parts[1].unflatten(3, (g, -1)),
+        torch.unflatten(parts[0], 3, (g, -1)),
+        torch.unflatten(parts[1], 3, (g, -1)),
         A,
         parts[2],
         parts[3],

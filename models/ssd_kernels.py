@@ -84,7 +84,7 @@ def _wide(per_head: Tensor, p: int) -> Tensor:
 
 def _per_head(products: Tensor, heads: int) -> Tensor:
     """Sum (g, b, c, n, h·p) over states and channels → (b, c, g, h)."""
-    return products.sum(3).unflatten(-1, (heads, -1)).sum(-1).permute(1, 2, 0, 3)
+    return torch.unflatten(products.sum(3), -1, (heads, -1)).sum(-1).permute(1, 2, 0, 3)
 
 
 def _masks(chunk: int, like: Tensor, marks: Marks | None) -> tuple[Tensor, Tensor]:

@@ -157,6 +157,6 @@ def test_the_first_decays_count_from_one_to_the_number_of_states() -> None:
     made = MambaMixer(16)
     assert torch.allclose(made.A_log.exp(), torch.arange(1.0, 17).repeat(32, 1))
     dt = torch.nn.functional.softplus(made.dt_proj.bias)
-    assert 0.00099 < dt.min() and dt.max() < 0.1001
+    assert dt.min() > 0.00099 and dt.max() < 0.1001
     marked = {n for n, p in made.named_parameters() if getattr(p, "_no_weight_decay", False)}
     assert marked == {"dt_proj.bias", "A_log", "D"}

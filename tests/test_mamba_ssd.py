@@ -67,6 +67,10 @@ def inputs(
     }
 
 
+def call(a: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return ssd(a["x"], a["dt"], a["A"], a["B"], a["C"], a["D"], a["state"])
+
+
 def run(f: object, given_: dict[str, Tensor], segment: Tensor | None = None) -> dict[str, Tensor]:
     """Output, final state and every gradient of a random linear form of both."""
     args = {k: v.clone().requires_grad_() for k, v in given_.items()}
@@ -123,7 +127,7 @@ def test_float32_stays_within_two_millionths_of_the_float64_loop(strong: bool) -
 
 
 def test_the_two_forms_agree_and_each_is_taken_where_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
+    taken: list[bool] = []
 
     def spy(dt: Tensor, A: Tensor) -> tuple[Tensor, bool]:
         out = cumulate(dt, A)
@@ -155,7 +159,7 @@ def test_gradients_are_finite_under_a_decay_that_overflows_an_unmasked_exponenti
 @given(length=st.integers(1, 150), cuts=st.lists(st.integers(0, 150), max_size=4), strong=st.booleans())
 def test_any_split_with_carried_state_equals_one_pass(length: int, cuts: list[int], strong: bool) -> None:
     a = inputs(length, 2, strong)
-    whole, end = ssd(*(a[k] for k in NAMES))
+    whole, end = call(a)
     edges = sorted({0, length, *(min(c, length) for c in cuts)})
     state, parts = a["state"], []
     for low, high in pairwise(edges):
@@ -168,11 +172,11 @@ def test_any_split_with_carried_state_equals_one_pass(length: int, cuts: list[in
 
 def test_a_step_equals_a_sequence_of_one_and_no_time_leaves_the_state() -> None:
     a = inputs(1, 2)
-    y, end = ssd(*(a[k] for k in NAMES))
+    y, end = call(a)
     one, state = ssd_step(a["x"][:, 0], a["dt"][:, 0], a["A"], a["B"][:, 0], a["C"][:, 0], a["D"], a["state"])
     assert torch.allclose(one, y[:, 0], atol=1e-13) and torch.allclose(state, end, atol=1e-13)
     a["dt"] = torch.zeros_like(a["dt"])
-    assert torch.equal(ssd(*(a[k] for k in NAMES))[1], a["state"])
+    assert torch.equal(call(a)[1], a["state"])
 
 
 def test_a_gradient_through_the_carried_state_equals_that_of_one_pass() -> None:
@@ -205,7 +209,7 @@ def test_the_published_chunk_scan_gives_the_same_numbers(groups: int) -> None:
         initial_states=first,
         return_final_states=True,
     )
-    ours, last = ssd(*(a[k] for k in NAMES))
+    ours, last = call(a)
     last = last.view(2, groups, n, h // groups, p).permute(0, 1, 3, 4, 2).reshape(2, h, p, n)
     assert (ours - y).abs().max() / y.abs().max() < 1e-6
     assert (last - end).abs().max() / end.abs().max() < 1e-6
