@@ -81,6 +81,6 @@ class MambaMixer(nn.Module):
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step sizes (…, d_inner), B and C (…, N), in the type of x."""
-        r, B, C = torch.split(self.x_proj(x), [self.rank, self.d_state, self.d_state], -1)
+        r, B, C = torch.split(self.x_proj(x.to(self.D.dtype)), [self.rank, self.d_state, self.d_state], -1)
         raw = F.linear(r, self.dt_proj.weight).to(x.dtype) + self.dt_proj.bias.to(x.dtype)
         return F.softplus(raw), B.to(x.dtype), C.to(x.dtype)

@@ -125,9 +125,10 @@ def selective_scan(
     keep = None if segment is None else _keeps(segment, wide).t()
     timed = (v.transpose(0, 1).contiguous() for v in (x, dt, B, C))
     xt, dtt, Bt, Ct = timed
-    y, end = _Selective.apply(  # type: ignore[no-untyped-call]
-        xt, dtt, A.t().contiguous(), Bt, Ct, state, keep
-    )
+    with torch.autocast(x.device.type, enabled=False):
+        y, end = _Selective.apply(  # type: ignore[no-untyped-call]
+            xt, dtt, A.t().contiguous(), Bt, Ct, state, keep
+        )
     y = y.transpose(0, 1)
     return (y if D is None else torch.addcmul(y, x, D.to(wide))).to(kind), end
 

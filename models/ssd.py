@@ -31,7 +31,7 @@ from recur.models.ssd_kernels import (
     scaled_forward,
 )
 
-CHUNK = 32
+CHUNK = 64
 SCALED_BELOW = 80.0
 """Largest Σ|dt·A| of a chunk for the scaled form: its factors stay within e^±40."""
 TILE_STEPS = 2048
@@ -170,17 +170,18 @@ def ssd(
     parts = [torch.unflatten(pad_right(t, q), 1, (-1, q)) for t in (x, dt, B, C)]
     if segment is not None and segment.shape[1] % q:
         segment = torch.cat([segment, segment[:, -1:].expand(b, -segment.shape[1] % q)], 1)
-    y, end = _SSD.apply(  # type: ignore[no-untyped-call]
-        torch.unflatten(parts[0], 3, (g, -1)),
-        torch.unflatten(parts[1], 3, (g, -1)),
-        A,
-        parts[2],
-        parts[3],
-        skip.view(g, -1),
-        state,
-        segment,
-        q,
-    )
+    with torch.autocast(x.device.type, enabled=False):
+        y, end = _SSD.apply(  # type: ignore[no-untyped-call]
+            torch.unflatten(parts[0], 3, (g, -1)),
+            torch.unflatten(parts[1], 3, (g, -1)),
+            A,
+            parts[2],
+            parts[3],
+            skip.view(g, -1),
+            state,
+            segment,
+            q,
+        )
     return y.view(b, -1, h, p)[:, :length].to(kind), end
 
 

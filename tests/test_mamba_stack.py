@@ -228,3 +228,19 @@ def test_an_unknown_layer_and_a_hybrid_without_layers_are_refused() -> None:
         Stack(4, 8, "M-x")
     with pytest.raises(UsageError, match="at least 1 layer, not 0"):
         Hybrid(4, 8, 0)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_stays_near_float32_in_sequence_and_steps(autocast: bool) -> None:
+    torch.manual_seed(4)
+    made, u = Stack(5, 32, "M-*-S").eval(), inputs(40, dtype=torch.float32)
+    with torch.no_grad():
+        exact, _ = made(u)
+        if not autocast:
+            made, u = made.to(torch.bfloat16), u.to(torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            whole, state = made(u)
+            steps, _ = scan_steps(made, u, None, None)
+    assert state["0.ssm"].dtype == state["4.ssm"].dtype == torch.float32
+    for y in (whole, steps):
+        assert (y.float() - exact).abs().max() < 0.05 * exact.abs().max()
