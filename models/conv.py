@@ -1,0 +1,135 @@
+"""Causal depthwise convolution of a few taps over (batch, time, channels), with a carried window.
+
+    y_t = b + Σ_k w_k ∘ x_{t−K+1+k},   k = 0 … K−1   (the last tap meets the current step)
+
+as in Mamba (Gu and Dao 2023, arXiv:2312.00752, figure 3; K = 4). It is a handful of shifted multiply-adds in the
+layout in which the projections around it work, so nothing is transposed; ``torch.conv1d`` wants channels first.
+
+The window is the last K−1 inputs, (B, K−1, C), oldest first. ``segment`` (B, T) numbers the sequences that a row
+holds one after the other, 0 for the one that the window belongs to: a tap never reaches into another sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def _same(segment: Tensor, lag: int, dtype: torch.dtype) -> Tensor:
+    """(B, T − lag, 1): 1 where step t and step t − lag are of one sequence."""
+    return (segment[:, lag:] == segment[:, :-lag]).to(dtype).unsqueeze(-1)
+
+
+def _begun(segment: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """(B, n, 1): 1 where one of the first ``n`` steps still belongs to the window's sequence."""
+    return (segment[:, :n] == 0).to(dtype).unsqueeze(-1)
+
+
+def conv_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, segment: Tensor | None = None
+) -> Tensor:
+    """x (B, T, C), weight (C, K), bias (C,), window (B, K−1, C) → y (B, T, C)."""
+    length, taps = x.shape[1], weight.shape[1]
+    w = weight.t().contiguous()
+    y = torch.addcmul(bias, x, w[-1])
+    for lag in range(1, taps):
+        tap, n = w[-1 - lag], min(lag, length)
+        if length > lag:
+            past = x[:, :-lag] if segment is None else x[:, :-lag] * _same(segment, lag, x.dtype)
+            y[:, lag:].addcmul_(past, tap)
+        past = window[:, taps - 1 - lag :][:, :n]
+        if segment is not None:
+            past = past * _begun(segment, n, x.dtype)
+        y[:, :n].addcmul_(past, tap)
+    return y
+
+
+def conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    window: Tensor,
+    segment: Tensor | None,
+    dx: Tensor,
+    dweight: Tensor,
+) -> Tensor:
+    """Gradient of :func:`conv_forward`: writes ``dx`` (B, T, C), adds to ``dweight`` (K, C), returns dwindow."""
+    length, taps, channels = x.shape[1], weight.shape[1], x.shape[2]
+    w = weight.t().contiguous()
+    dwindow = torch.zeros_like(window)
+    product = torch.empty_like(dy)
+    ones = dy.new_ones(1, dy.shape[0] * length)
+    torch.mul(dy, w[-1], out=dx)
+    torch.mul(dy, x, out=product)
+    dweight[-1:].addmm_(ones, product.view(-1, channels))
+    for lag in range(1, taps):
+        tap, n = w[-1 - lag], min(lag, length)
+        if length > lag:
+            late = dy[:, lag:] if segment is None else dy[:, lag:] * _same(segment, lag, x.dtype)
+            dx[:, :-lag].addcmul_(late, tap)
+            torch.mul(late, x[:, :-lag], out=product[:, lag:])
+            product[:, :lag].zero_()
+            dweight[taps - 1 - lag : taps - lag].addmm_(ones, product.view(-1, channels))
+        early = dy[:, :n] if segment is None else dy[:, :n] * _begun(segment, n, x.dtype)
+        dwindow[:, taps - 1 - lag :][:, :n].addcmul_(early, tap)
+        dweight[taps - 1 - lag] += (early * window[:, taps - 1 - lag :][:, :n]).sum((0, 1))
+    return dwindow
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, segment: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, window, segment)
+        return conv_forward(x, weight, bias, window, segment)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, window, segment = ctx.saved_tensors
+        dy = dy.contiguous()
+        dx, dweight = torch.empty_like(x), weight.new_zeros(weight.shape[1], weight.shape[0])
+        dwindow = conv_backward(dy, x, weight, window, segment, dx, dweight)
+        return dx, dweight.t(), dy.sum((0, 1)), dwindow, None
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, segment: Tensor | None = None
+) -> Tensor:
+    """Differentiable :func:`conv_forward`; weight (C, K), all of one dtype."""
+    y: Tensor = _Conv.apply(x, weight, bias, window, segment)  # type: ignore[no-untyped-call]
+    return y
+
+
+def next_window(
+    x: Tensor, window: Tensor, lengths: Tensor | None = None, segment: Tensor | None = None
+) -> Tensor:
+    """The last K−1 inputs of window and x together (B, K−1, C), zeros where another sequence has begun since.
+
+    ``lengths`` (B,) counts the steps of x that are real where the rest is padding on the right.
+    ``segment`` then holds in its last column the sequence that the state after x belongs to.
+    """
+    keep, (batch, length, channels) = window.shape[1], x.shape
+    if lengths is None:
+        out = x[:, length - keep :] if length >= keep else torch.cat([window[:, length:], x], 1)
+    else:
+        at = lengths.unsqueeze(1) + torch.arange(keep, device=x.device)
+        joined = torch.cat([window, x], 1)
+        out = joined.gather(1, at.unsqueeze(-1).expand(batch, keep, channels))
+    if segment is not None:
+        padded = torch.cat([segment.new_zeros(batch, keep), segment], 1)
+        at = (
+            segment.new_full((batch, 1), length) if lengths is None else lengths.unsqueeze(1)
+        ) + torch.arange(keep, device=x.device)
+        out = out * (padded.gather(1, at) == segment[:, -1:]).to(x.dtype).unsqueeze(-1)
+    return out
+
+
+def conv_step(x_t: Tensor, weight: Tensor, bias: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+    """One step: x_t (B, C), window (B, K−1, C) → y_t (B, C) and the next window."""
+    joined = torch.cat([window, x_t.unsqueeze(1)], 1)
+    return (joined * weight.t()).sum(1) + bias, joined[:, 1:]

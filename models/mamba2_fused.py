@@ -1,0 +1,250 @@
+"""A whole Mamba-2 layer as one node of the gradient graph, for a CPU.
+
+The same computation as the composed path of :class:`recur.models.mamba2.Mamba2Mixer`. Both directions go through the
+batch in tiles that stay in the cache: projections, convolution, scan, gate and norm of a tile are done before the
+next one begins. Kept for the backward pass are the input, the projected values and what the scan saves; the
+convolution and the gate are computed again, which is cheaper than to fetch them from memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from recur.models.conv import conv_backward, conv_forward, next_window
+from recur.models.ssd import direct, scan_tile, scan_tile_backward, tile_rows
+from recur.models.ssd_kernels import Saved, chunk_marks
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a layer; d_inner = groups · heads per group · head."""
+
+    groups: int
+    heads: int
+    """Per group."""
+    head: int
+    state: int
+    chunk: int
+    eps: float
+
+    @property
+    def inner(self) -> int:
+        return self.groups * self.heads * self.head
+
+    @property
+    def conv(self) -> int:
+        return self.inner + 2 * self.groups * self.state
+
+
+@dataclass(slots=True)
+class _Tile:
+    """What lies between projection and scan: raw and activated convolution, step sizes, inputs of the scan."""
+
+    z: Tensor
+    raw: Tensor
+    pre: Tensor
+    dt_raw: Tensor
+    dt: Tensor
+    x: Tensor
+    B: Tensor
+    C: Tensor
+
+
+def _tile(
+    s: Shape,
+    zx: Tensor,
+    conv_w: Tensor,
+    conv_b: Tensor,
+    dt_bias: Tensor,
+    window: Tensor,
+    live: Tensor | None,
+    segment: Tensor | None,
+) -> _Tile:
+    z, raw, dt_raw, _ = torch.split(
+        zx, [s.inner, s.conv, len(dt_bias), zx.shape[-1] - s.inner - s.conv - len(dt_bias)], -1
+    )
+    pre = conv_forward(raw, conv_w, conv_b, window, segment)
+    act = torch.unflatten(F.silu(pre), 1, (-1, s.chunk))
+    x, B, C = torch.split(act, [s.inner, s.groups * s.state, s.groups * s.state], -1)
+    dt_raw = dt_raw + dt_bias
+    dt = F.softplus(dt_raw)
+    if live is not None:
+        dt = dt * live.unsqueeze(-1)
+    return _Tile(
+        z,
+        raw,
+        pre,
+        dt_raw,
+        dt.view(*x.shape[:3], s.groups, s.heads),
+        torch.unflatten(x, -1, (s.groups, s.heads, s.head)),
+        torch.unflatten(B, -1, (s.groups, s.state)),
+        torch.unflatten(C, -1, (s.groups, s.state)),
+    )
+
+
+def _padded(weight: Tensor) -> Tensor:
+    """Rows of zeros up to a multiple of 16, at which the matrix product runs half as fast again."""
+    return F.pad(weight, (0, 0, 0, -weight.shape[0] % 16))
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        s: Shape,
+        u: Tensor,
+        w_in: Tensor,
+        conv_w: Tensor,
+        conv_b: Tensor,
+        dt_bias: Tensor,
+        A: Tensor,
+        D: Tensor,
+        norm_w: Tensor,
+        w_out: Tensor,
+        window: Tensor,
+        state: Tensor,
+        lengths: Tensor | None,
+        live: Tensor | None,
+        segment: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        b, length, _ = u.shape
+        rows, wide, back = tile_rows(b, length, u.device), _padded(w_in), (w_out * norm_w).t()
+        zx, out = u.new_empty(b, length, wide.shape[0]), u.new_empty(b, length, w_out.shape[0])
+        last, end = torch.empty_like(window), state.new_empty(s.groups, b, *state.shape[2:])
+        rstd, tiles = u.new_empty(b, length, s.groups, 1), []
+        D = D.view(s.groups, s.heads)
+        for r in range(0, b, rows):
+            k = slice(r, r + rows)
+            torch.mm(u[k].view(-1, u.shape[2]), wide.t(), out=zx[k].view(-1, wide.shape[0]))
+            live_k, segment_k = (None if m is None else m[k] for m in (live, segment))
+            t = _tile(s, zx[k], conv_w, conv_b, dt_bias, window[k], live_k, segment_k)
+            marks = None if segment_k is None else chunk_marks(segment_k, s.chunk, u.dtype)
+            saved, scaled = scan_tile(t.x, t.dt, A, t.B, t.C, state[k].transpose(0, 1), marks)
+            y = torch.addcmul(saved.past, t.x, direct(saved.own, t.dt, D)).view(*t.z.shape)
+            gated = torch.unflatten(y.mul_(F.silu(t.z)), -1, (s.groups, -1))
+            torch.rsqrt((gated * gated).mean(-1, keepdim=True).add_(s.eps), out=rstd[k])
+            torch.mm(gated.mul_(rstd[k]).view(-1, s.inner), back, out=out[k].view(-1, w_out.shape[0]))
+            lengths_k = None if lengths is None else lengths[k]
+            last[k], end[:, k] = next_window(t.raw, window[k], lengths_k, segment_k), saved.end
+            tiles.append((scaled, saved.cum, saved.past, saved.own, saved.states))
+        ctx.save_for_backward(
+            u, w_in, conv_w, conv_b, dt_bias, A, D, norm_w, w_out, window, lengths, live, segment, zx, rstd, end,
+            *(part for tile in tiles for part in tile[1:]),
+        )  # fmt: skip
+        ctx.s, ctx.rows, ctx.scaled = s, rows, [tile[0] for tile in tiles]
+        ctx.set_materialize_grads(False)
+        return out, last, end.transpose(0, 1).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None, dend: Tensor | None) -> tuple[Any, ...]:
+        (u, w_in, conv_w, conv_b, dt_bias, A, D, norm_w, w_out, window, lengths, live, segment, zx, rstd, end,
+         *rest) = ctx.saved_tensors  # fmt: skip
+        s: Shape = ctx.s
+        b, length, d_model = u.shape
+        wide, back = _padded(w_in), w_out * norm_w
+        dout = u.new_zeros(b, length, w_out.shape[0]) if dout is None else dout.contiguous()
+        dend = torch.zeros_like(end.transpose(0, 1)) if dend is None else dend
+        du, dwide, dback = torch.empty_like(u), torch.zeros_like(wide), torch.zeros_like(back)
+        dconv, dconv_b = u.new_zeros(conv_w.shape[1], s.conv), torch.zeros_like(conv_b)
+        ddt_bias, dA, dD = torch.zeros_like(dt_bias), torch.zeros_like(D), torch.zeros_like(D)
+        dwindow, dstate = torch.empty_like(window), torch.empty_like(dend)
+        for i, r in enumerate(range(0, b, ctx.rows)):
+            k = slice(r, r + ctx.rows)
+            live_k, segment_k = (None if m is None else m[k] for m in (live, segment))
+            t = _tile(s, zx[k], conv_w, conv_b, dt_bias, window[k], live_k, segment_k)
+            cum, past, own, states = rest[4 * i : 4 * i + 4]
+            saved = Saved(cum, past, own, states, end[:, k])
+            y = torch.addcmul(saved.past, t.x, direct(saved.own, t.dt, D)).view(*t.z.shape)
+            gate = F.silu(t.z)
+            normed = torch.unflatten(y * gate, -1, (s.groups, -1)).mul_(rstd[k])
+            do = dout[k].view(-1, w_out.shape[0])
+            dback.addmm_(do.t(), normed.view(-1, s.inner))
+            dgated = torch.mm(do, back).view_as(normed)
+            dgated.addcmul_(normed, (dgated * normed).mean(-1, keepdim=True), value=-1).mul_(rstd[k])
+            dgated = dgated.view_as(y)
+            dzx = torch.empty_like(zx[k])
+            dz, draw, ddt_raw, spare = torch.split(
+                dzx, [s.inner, s.conv, len(dt_bias), wide.shape[0] - w_in.shape[0]], -1
+            )
+            torch.ops.aten.silu_backward.grad_input(y.mul_(dgated), t.z, grad_input=dz)
+            dy = dgated.mul_(gate).view(t.x.shape)
+            marks = None if segment_k is None else chunk_marks(segment_k, s.chunk, u.dtype)
+            dx, ddt, dA_k, dB, dC, dD_k, dstate_k = scan_tile_backward(
+                dy, dend[k].transpose(0, 1), t.x, t.dt, A, t.B, t.C, D, saved, ctx.scaled[i], marks
+            )
+            dpre, at = torch.empty_like(t.pre), 0
+            for part in (dx, dB, dC):
+                part = part.reshape(*t.pre.shape[:2], -1)
+                to = slice(at, at := at + part.shape[-1])
+                torch.ops.aten.silu_backward.grad_input(part, t.pre[..., to], grad_input=dpre[..., to])
+            dwindow_k = conv_backward(dpre, t.raw, conv_w, window[k], segment_k, draw, dconv)
+            dconv_b += dpre.sum((0, 1))
+            if dlast is not None:
+                from_raw, from_window = _through_window(t.raw, window[k], lengths, segment_k, k, dlast[k])
+                draw += from_raw
+                dwindow_k += from_window
+            ddt = ddt.reshape(t.dt_raw.shape) * torch.sigmoid(t.dt_raw)
+            if live_k is not None:
+                ddt = ddt * live_k.unsqueeze(-1)
+            ddt_raw.copy_(ddt)
+            spare.zero_()
+            dwide.addmm_(dzx.view(-1, wide.shape[0]).t(), u[k].view(-1, d_model))
+            torch.mm(dzx.view(-1, wide.shape[0]), wide, out=du[k].view(-1, d_model))
+            ddt_bias += ddt.sum((0, 1))
+            dA += dA_k
+            dD += dD_k
+            dwindow[k], dstate[k] = dwindow_k, dstate_k.transpose(0, 1)
+        return (
+            None, du, dwide[: w_in.shape[0]], dconv.t(), dconv_b, ddt_bias, dA.view_as(A), dD.view(-1),
+            (dback * w_out).sum(0), dback * norm_w, dwindow, dstate, None, None, None,
+        )  # fmt: skip
+
+
+def _through_window(
+    raw: Tensor, window: Tensor, lengths: Tensor | None, segment: Tensor | None, k: slice, dlast: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the carried window with regard to the tile's raw inputs and the window before."""
+    with torch.enable_grad():
+        a, w = raw.detach().requires_grad_(), window.detach().requires_grad_()
+        out = next_window(a, w, None if lengths is None else lengths[k], segment)
+        got = torch.autograd.grad(out, (a, w), dlast, allow_unused=True, materialize_grads=True)
+    return got[0], got[1]
+
+
+def fused_layer(
+    s: Shape,
+    u: Tensor,
+    weights: tuple[Tensor, ...],
+    window: Tensor,
+    state: Tensor,
+    lengths: Tensor | None,
+    segment: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u (B, T, d) → output (B, T, d), next window, next state.
+
+    ``weights``: in_proj, convolution (C, K) and its bias, dt bias, A, D, norm, out_proj. ``s.chunk`` may be longer
+    than the sequence; ``lengths`` (B,) and ``segment`` (B, T) as in :mod:`recur.models.conv`.
+    """
+    length = u.shape[1]
+    chunk = max(1, min(s.chunk, length))
+    short = -length % chunk
+    live = None
+    if short or lengths is not None:
+        real = torch.full((u.shape[0],), length, device=u.device) if lengths is None else lengths
+        live = (torch.arange(length + short, device=u.device) < real.unsqueeze(1)).to(u.dtype)
+        lengths = real
+        u = F.pad(u, (0, 0, 0, short))
+        if segment is not None and short:
+            segment = torch.cat([segment, segment[:, -1:].expand(-1, short)], 1)
+    s = Shape(s.groups, s.heads, s.head, s.state, chunk, s.eps)
+    y, window, state = _Layer.apply(  # type: ignore[no-untyped-call]
+        s, u.contiguous(), *weights, window, state, lengths, live, segment
+    )
+    return y[:, :length], window, state

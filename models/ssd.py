@@ -1,0 +1,198 @@
+"""The state-space dual of Mamba-2 (Dao and Gu 2024, arXiv:2405.21060, eq. 1-2 and section 6), chunked.
+
+    S_t = e^(dt_t A) S_{t−1} + dt_t B_t x_tᵀ,     y_t = C_tᵀ S_t + D x_t        per head, S (N, P), A < 0 a scalar
+
+Within chunks of Q steps the recurrence is a handful of matrix products; between chunks the state is carried. Two
+forms give the same numbers (:mod:`recur.models.ssd_kernels`): the exact one takes any decay and has finite gradients
+under the strongest; the scaled one is faster and is taken on a CPU where no chunk's sum of |dt·A| reaches
+``SCALED_BELOW``. On a CPU the batch is worked through in tiles that stay in the cache.
+
+A step with dt = 0 leaves the state as it is. ``segment`` (B, T) counts the sequences that begin inside a row (0 up
+to the first beginning): where it rises the state is put back to zero before the step.
+
+State layout: (B, G, N, H/G·P) for G groups of B and C, H heads; head h reads group h // (H/G).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from recur.models.ssd_kernels import (
+    Marks,
+    Saved,
+    chunk_marks,
+    exact_backward,
+    exact_forward,
+    scaled_backward,
+    scaled_forward,
+)
+
+CHUNK = 64
+SCALED_BELOW = 80.0
+"""Largest Σ|dt·A| of a chunk for the scaled form: its factors stay within e^±40."""
+TILE_STEPS = 2048
+"""Steps (batch times time) of one tile on a CPU."""
+
+
+def tile_rows(batch: int, length: int, device: torch.device) -> int:
+    """Rows of the batch per tile."""
+    return batch if device.type != "cpu" else max(1, min(batch, TILE_STEPS // max(length, 1)))
+
+
+def cumulate(dt: Tensor, A: Tensor) -> tuple[Tensor, bool]:
+    """Sums of dt·A within chunks in float64, dt (b, c, Q, g, h), and whether the scaled form holds for them."""
+    cum = (dt * A.view(dt.shape[3:])).cumsum(2, dtype=torch.float64)
+    return cum, cum.device.type == "cpu" and bool((cum[:, :, -1] > -SCALED_BELOW).all())
+
+
+def scan_tile(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, marks: Marks | None
+) -> tuple[Saved, bool]:
+    """One tile forward, in the layouts of ``ssd_kernels``; True where the scaled form was taken."""
+    cum, scaled = cumulate(dt, A)
+    return (scaled_forward if scaled else exact_forward)(x, dt, cum, B, C, state, marks), scaled
+
+
+def direct(own: Tensor, dt: Tensor, D: Tensor) -> Tensor:
+    """(b, c, Q, g, h, 1): what a step's input is multiplied by in its own output, D (g, h)."""
+    return torch.addcmul(D, own.unsqueeze(-1), dt).unsqueeze(-1)
+
+
+def scan_tile_backward(
+    dy: Tensor,
+    dend: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    saved: Saved,
+    scaled: bool,
+    marks: Marks | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One tile backward: dx, d(dt), dA (g, h), dB, dC, dD (g, h), d(state)."""
+    backward = scaled_backward if scaled else exact_backward
+    dx, ddt, da, dB, dC, dstate = backward(dy, dend, x, dt, B, C, saved, marks)
+    dyx = (dy * x).sum(-1)
+    dx.addcmul_(dy, direct(saved.own, dt, D))
+    ddt = ddt + dyx * saved.own.unsqueeze(-1) + da * A.view(dt.shape[3:])
+    dA = (da * dt).sum((0, 1, 2)).to(dt.dtype)
+    return dx, ddt.to(dt.dtype), dA, dB, dC, dyx.sum((0, 1, 2)), dstate
+
+
+class _SSD(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        state: Tensor,
+        segment: Tensor | None,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        b, length = x.shape[0], x.shape[1] * x.shape[2]
+        rows = tile_rows(b, length, x.device)
+        y, tiles = torch.empty_like(x, memory_format=torch.contiguous_format), []
+        end = state.new_empty(state.shape[1], b, *state.shape[2:])
+        for r in range(0, b, rows):
+            s = slice(r, r + rows)
+            marks = None if segment is None else chunk_marks(segment[s], chunk, x.dtype)
+            saved, scaled = scan_tile(x[s], dt[s], A, B[s], C[s], state[s].transpose(0, 1), marks)
+            torch.addcmul(saved.past, x[s], direct(saved.own, dt[s], D), out=y[s])
+            end[:, s] = saved.end
+            tiles.append((scaled, saved.cum, saved.past, saved.own, saved.states))
+        ctx.save_for_backward(x, dt, A, B, C, D, segment, end, *(t for tile in tiles for t in tile[1:]))
+        ctx.scaled, ctx.chunk, ctx.rows = [tile[0] for tile in tiles], chunk, rows
+        return y, end.transpose(0, 1).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dend: Tensor) -> tuple[Tensor | None, ...]:
+        x, dt, A, B, C, D, segment, end, *rest = ctx.saved_tensors
+        dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
+        dstate = torch.empty_like(dend)
+        dA, dD = A.new_zeros(dt.shape[3:]), torch.zeros_like(D)
+        for i, r in enumerate(range(0, x.shape[0], ctx.rows)):
+            s = slice(r, r + ctx.rows)
+            marks = None if segment is None else chunk_marks(segment[s], ctx.chunk, x.dtype)
+            cum, past, own, states = rest[4 * i : 4 * i + 4]
+            saved = Saved(cum, past, own, states, end[:, s])
+            part = scan_tile_backward(
+                dy[s], dend[s].transpose(0, 1), x[s], dt[s], A, B[s], C[s], D, saved, ctx.scaled[i], marks
+            )
+            dx[s], ddt[s], dB[s], dC[s], dstate[s] = *part[:2], *part[3:5], part[6].transpose(0, 1)
+            dA += part[2]
+            dD += part[5]
+        return dx, ddt, dA.view_as(A), dB, dC, dD, dstate, None, None
+
+
+def pad_right(t: Tensor, multiple: int) -> Tensor:
+    """Zeros behind dim 1 up to the next multiple; batch and time of the result collapse into one dimension."""
+    short = -t.shape[1] % multiple
+    if short:
+        return torch.cat([t, t.new_zeros(t.shape[0], short, *t.shape[2:])], 1)
+    return t if t.stride(0) == t.shape[1] * t.stride(1) and t[0, 0].is_contiguous() else t.contiguous()
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    state: Tensor | None = None,
+    segment: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence above over a sequence of any length, differentiable in every tensor but ``segment``.
+
+    x (B, T, H, P); dt (B, T, H), ≥ 0; A (H,), < 0; B, C (B, T, G, N); D (H,) or None; state (B, G, N, H/G·P) or
+    None for zeros → y (B, T, H, P) and the state after the last step. Half types are computed in float32.
+    """
+    kind = x.dtype
+    wide = torch.float32 if kind in (torch.float16, torch.bfloat16) else kind
+    x, dt, A, B, C = (t.to(wide) for t in (x, dt, A, B, C))
+    b, length, h, p = x.shape
+    g, n = B.shape[2:]
+    skip = x.new_zeros(h) if D is None else D.to(wide)
+    state = x.new_zeros(b, g, n, h // g * p) if state is None else state.to(wide)
+    q = max(1, min(chunk, length))
+    parts = [torch.unflatten(pad_right(t, q), 1, (-1, q)) for t in (x, dt, B, C)]
+    if segment is not None and segment.shape[1] % q:
+        segment = torch.cat([segment, segment[:, -1:].expand(b, -segment.shape[1] % q)], 1)
+    with torch.autocast(x.device.type, enabled=False):
+        y, end = _SSD.apply(  # type: ignore[no-untyped-call]
+            torch.unflatten(parts[0], 3, (g, -1)),
+            torch.unflatten(parts[1], 3, (g, -1)),
+            A,
+            parts[2],
+            parts[3],
+            skip.view(g, -1),
+            state,
+            segment,
+            q,
+        )
+    return y.view(b, -1, h, p)[:, :length].to(kind), end
+
+
+def ssd_step(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step: x (b, H, P), dt (b, H), B, C (b, G, N), state (b, G, N, H/G·P) → y (b, H, P), next state."""
+    b, h, p = x.shape
+    g = B.shape[1]
+    decay = (dt * A).exp().view(b, g, 1, -1, 1).expand(b, g, 1, h // g, p).reshape(b, g, 1, -1)
+    into = (x * dt.unsqueeze(-1)).view(b, g, 1, -1)
+    state = torch.addcmul(state * decay, B.unsqueeze(-1), into)
+    y = torch.matmul(C.unsqueeze(2), state).view(b, h, p)
+    return torch.addcmul(y, x, D.unsqueeze(-1)), state

@@ -1,0 +1,215 @@
+"""The chunked state-space dual against its recurrence, token by token in float64."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from recur.models import ssd as ssd_module
+from recur.models.ssd import CHUNK, ssd, ssd_step
+
+NAMES = ("x", "dt", "A", "B", "C", "D", "state")
+LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7, 257)
+
+
+def loop(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    segment: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S = e^(dt A) S + dt B xᵀ, y = Cᵀ S + D x, one token and one head after the other."""
+    b, length, h, p = x.shape
+    g, n = B.shape[2:]
+    S = [state.view(b, g, n, h // g, p)[:, k // (h // g), :, k % (h // g)] for k in range(h)]
+    ys = []
+    for t in range(length):
+        if segment is not None:
+            before = segment[:, t - 1] if t else torch.zeros_like(segment[:, 0])
+            S = [s * (segment[:, t] == before)[:, None, None] for s in S]
+        y = []
+        for k in range(h):
+            group = k // (h // g)
+            S[k] = (dt[:, t, k] * A[k]).exp()[:, None, None] * S[k]
+            S[k] = S[k] + dt[:, t, k, None, None] * B[:, t, group, :, None] * x[:, t, k, None, :]
+            y.append(torch.einsum("bn,bnp->bp", C[:, t, group], S[k]) + D[k] * x[:, t, k])
+        ys.append(torch.stack(y, 1))
+    return torch.stack(ys, 1), torch.stack(S, 2).view(b, n, g, -1).transpose(1, 2)
+
+
+def inputs(
+    length: int, groups: int = 1, strong: bool = False, seed: int = 0, heads: int = 4, batch: int = 2
+) -> dict[str, Tensor]:
+    make = torch.Generator().manual_seed(seed)
+    p, n = 6, 5
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=make, dtype=torch.float64)
+
+    uniform = torch.rand(batch, length, heads, generator=make, dtype=torch.float64)
+    return {
+        "x": normal(batch, length, heads, p),
+        "dt": uniform * (1.6 if strong else 0.1),
+        "A": -torch.linspace(1, 16, heads, dtype=torch.float64),
+        "B": normal(batch, length, groups, n),
+        "C": normal(batch, length, groups, n),
+        "D": normal(heads),
+        "state": normal(batch, groups, n, heads // groups * p),
+    }
+
+
+def call(a: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return ssd(a["x"], a["dt"], a["A"], a["B"], a["C"], a["D"], a["state"])
+
+
+def run(f: object, given_: dict[str, Tensor], segment: Tensor | None = None) -> dict[str, Tensor]:
+    """Output, final state and every gradient of a random linear form of both."""
+    args = {k: v.clone().requires_grad_() for k, v in given_.items()}
+    y, end = f(*(args[k] for k in NAMES), segment)  # type: ignore[operator]
+    make = torch.Generator().manual_seed(9)
+    weights = [torch.randn(v.shape, generator=make, dtype=torch.float64).to(v.dtype) for v in (y, end)]
+    torch.autograd.backward((y * weights[0]).sum() + (end * weights[1]).sum())
+    out = {f"d{k}": v.grad for k, v in args.items() if v.grad is not None}
+    return {"y": y.detach(), "end": end.detach(), **out}
+
+
+def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+    """Largest difference of each part, relative to its largest value."""
+    assert ours.keys() == theirs.keys() and len(ours) == 9
+    return {
+        k: ((ours[k].double() - theirs[k]).abs().max() / theirs[k].abs().max().clamp(min=1e-12)).item()
+        for k in ours
+    }
+
+
+@pytest.mark.parametrize("strong", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_output_state_and_all_gradients_equal_the_token_loop(length: int, strong: bool) -> None:
+    given_ = inputs(length, strong=strong)
+    assert max(worst(run(ssd, given_), run(loop, given_)).values()) < 1e-12
+
+
+@pytest.mark.parametrize("strong", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_every_number_of_groups_equals_the_token_loop(groups: int, strong: bool) -> None:
+    given_ = inputs(71, groups, strong)
+    assert max(worst(run(ssd, given_), run(loop, given_)).values()) < 1e-12
+
+
+@pytest.mark.parametrize("strong", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_sequences_that_begin_inside_a_row_equal_the_token_loop(groups: int, strong: bool) -> None:
+    given_ = inputs(107, groups, strong, batch=3)
+    begins = torch.zeros(3, 107, dtype=torch.long)
+    begins[0, [0, 31, 32, 70]] = 1
+    begins[1, [5, 6, 7, 106]] = 1
+    segment = begins.cumsum(1)
+    assert max(worst(run(ssd, given_, segment), run(loop, given_, segment)).values()) < 1e-12
+
+
+@pytest.mark.parametrize("strong", [False, True])
+def test_float32_stays_within_two_millionths_of_the_float64_loop(strong: bool) -> None:
+    given_ = inputs(400, strong=strong)
+    single = {k: v.float() for k, v in given_.items()}
+    exact = run(loop, {k: v.double() for k, v in single.items()})
+    off = worst(run(ssd, single), exact)
+    assert off.pop("dA") < (1e-4 if strong else 1e-5)
+    assert max(off.values()) < 2e-6
+
+
+def test_the_two_forms_agree_and_each_is_taken_where_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[bool] = []
+
+    def spy(dt: Tensor, A: Tensor) -> tuple[Tensor, bool]:
+        out = cumulate(dt, A)
+        taken.append(out[1])
+        return out
+
+    cumulate = ssd_module.cumulate
+    monkeypatch.setattr(ssd_module, "cumulate", spy)
+    weak, strong = inputs(96), inputs(96, strong=True)
+    scaled = run(ssd, weak)
+    run(ssd, strong)
+    monkeypatch.setattr(ssd_module, "SCALED_BELOW", 0.0)
+    exact = run(ssd, weak)
+    assert taken == [True, False, False]
+    assert max(worst(scaled, exact).values()) < 1e-12
+
+
+def test_gradients_are_finite_under_a_decay_that_overflows_an_unmasked_exponential() -> None:
+    given_ = {k: v.float() for k, v in inputs(64).items()}
+    given_["dt"] = torch.full_like(given_["dt"], 8.0)
+    given_["A"] = torch.full_like(given_["A"], -16.0)
+    out = run(ssd, given_)
+    assert all(bool(v.isfinite().all()) for v in out.values())
+    exact = run(loop, {k: v.double() for k, v in given_.items()})
+    assert (out["ddt"].double() - exact["ddt"]).abs().max() < 1e-3
+
+
+@settings(max_examples=25, deadline=None)
+@given(length=st.integers(1, 150), cuts=st.lists(st.integers(0, 150), max_size=4), strong=st.booleans())
+def test_any_split_with_carried_state_equals_one_pass(length: int, cuts: list[int], strong: bool) -> None:
+    a = inputs(length, 2, strong)
+    whole, end = call(a)
+    edges = sorted({0, length, *(min(c, length) for c in cuts)})
+    state, parts = a["state"], []
+    for low, high in pairwise(edges):
+        x, dt, B, C = (a[k][:, low:high] for k in ("x", "dt", "B", "C"))
+        y, state = ssd(x, dt, a["A"], B, C, a["D"], state)
+        parts.append(y)
+    assert (torch.cat(parts, 1) - whole).abs().max() < 1e-11
+    assert (state - end).abs().max() < 1e-11
+
+
+def test_a_step_equals_a_sequence_of_one_and_no_time_leaves_the_state() -> None:
+    a = inputs(1, 2)
+    y, end = call(a)
+    one, state = ssd_step(a["x"][:, 0], a["dt"][:, 0], a["A"], a["B"][:, 0], a["C"][:, 0], a["D"], a["state"])
+    assert torch.allclose(one, y[:, 0], atol=1e-13) and torch.allclose(state, end, atol=1e-13)
+    a["dt"] = torch.zeros_like(a["dt"])
+    assert torch.equal(call(a)[1], a["state"])
+
+
+def test_a_gradient_through_the_carried_state_equals_that_of_one_pass() -> None:
+    a = inputs(50)
+    x = a["x"].clone().requires_grad_()
+
+    def part(low: int, high: int, state: Tensor) -> tuple[Tensor, Tensor]:
+        s = slice(low, high)
+        return ssd(x[:, s], a["dt"][:, s], a["A"], a["B"][:, s], a["C"][:, s], a["D"], state)
+
+    whole = torch.autograd.grad(part(0, 50, a["state"])[0][:, 40:].sum(), x)[0]
+    _, state = part(0, 37, a["state"])
+    split = torch.autograd.grad(part(37, 50, state)[0][:, 3:].sum(), x)[0]
+    assert whole[:, :37].abs().max() > 1e-3
+    assert torch.allclose(whole, split, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_published_chunk_scan_gives_the_same_numbers(groups: int) -> None:
+    theirs = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    if not hasattr(theirs, "mamba2_chunk_scan"):
+        pytest.skip("this version of transformers names its chunk scan otherwise")
+    a = {k: v.float() for k, v in inputs(100, groups).items()}
+    h, p, n = 4, 6, 5
+    first = a["state"].view(2, groups, n, h // groups, p).permute(0, 1, 3, 4, 2).reshape(2, h, p, n)
+    y, end = theirs.mamba2_chunk_scan(
+        *(a[k] for k in ("x", "dt", "A", "B", "C")),
+        32,
+        D=a["D"],
+        initial_states=first,
+        return_final_states=True,
+    )
+    ours, last = call(a)
+    last = last.view(2, groups, n, h // groups, p).permute(0, 1, 3, 4, 2).reshape(2, h, p, n)
+    assert (ours - y).abs().max() / y.abs().max() < 1e-6
+    assert (last - end).abs().max() / end.abs().max() < 1e-6
