@@ -54,10 +54,6 @@ MODELS: dict[str, str] = {
 }
 """Name to ``module:class``."""
 
-CONTINUOUS = frozenset({"ctrnn", "cfc", "ltc", "sparse", "ssm"})
-"""Models whose state moves with the elapsed time."""
-
-
 def is_own(name: str) -> bool:
     """Whether ``name`` means a class in a file of the user's own."""
     return ".py:" in name
@@ -76,7 +72,8 @@ def table_core(name: str) -> Core:
             f"Unknown model '{name}': expected one of {', '.join(MODELS)}, or a file.py:Class.{near}"
         )
     module, _, cls = MODELS[name].partition(":")
-    return Core(name, getattr(import_module(module), cls), name in CONTINUOUS)
+    make = getattr(import_module(module), cls)
+    return Core(name, make, bool(getattr(make, "continuous", False)))
 
 
 def find_core(name: str) -> Core:
