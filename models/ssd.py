@@ -197,7 +197,12 @@ def ssd_step(
     g = B.shape[1]
     decay = (dt * A).exp().view(b, g, 1, -1, 1).expand(b, g, 1, h // g, p).reshape(b, g, 1, -1)
     into = (x * dt.unsqueeze(-1)).view(b, g, 1, -1)
-    if b <= STEP_ROWS or state.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if (
+        b <= STEP_ROWS
+        or state.device.type != "cpu"
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+    ):
         state = (state * decay).addcmul_(B.unsqueeze(-1), into)
         y = torch.matmul(C.unsqueeze(2), state)
     else:
