@@ -131,5 +131,8 @@ def next_window(
 
 def conv_step(x_t: Tensor, weight: Tensor, bias: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
     """One step: x_t (B, C), window (B, K−1, C) → y_t (B, C) and the next window."""
-    joined = torch.cat([window, x_t.unsqueeze(1)], 1)
-    return (joined * weight.t()).sum(1) + bias, joined[:, 1:]
+    w = weight.t().contiguous()
+    y = torch.addcmul(bias, x_t, w[-1])
+    for past, tap in zip(window.unbind(1), w[:-1], strict=True):
+        y = torch.addcmul(y, past, tap)
+    return y, torch.cat([window[:, 1:], x_t.unsqueeze(1)], 1)

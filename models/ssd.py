@@ -185,6 +185,10 @@ def ssd(
     return y.view(b, -1, h, p)[:, :length].to(kind), end
 
 
+STEP_ROWS = 64
+"""Rows of the batch that a step works through at a time on a CPU, so that a state is read and written once."""
+
+
 def ssd_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -193,6 +197,18 @@ def ssd_step(
     g = B.shape[1]
     decay = (dt * A).exp().view(b, g, 1, -1, 1).expand(b, g, 1, h // g, p).reshape(b, g, 1, -1)
     into = (x * dt.unsqueeze(-1)).view(b, g, 1, -1)
-    state = torch.addcmul(state * decay, B.unsqueeze(-1), into)
-    y = torch.matmul(C.unsqueeze(2), state).view(b, h, p)
-    return torch.addcmul(y, x, D.unsqueeze(-1)), state
+    if (
+        b <= STEP_ROWS
+        or state.device.type != "cpu"
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+    ):
+        state = (state * decay).addcmul_(B.unsqueeze(-1), into)
+        y = torch.matmul(C.unsqueeze(2), state)
+    else:
+        before, state, y = state, torch.empty_like(state), x.new_empty(b, g, 1, h // g * p)
+        for r in range(0, b, STEP_ROWS):
+            s = slice(r, r + STEP_ROWS)
+            torch.mul(before[s], decay[s], out=state[s]).addcmul_(B[s].unsqueeze(-1), into[s])
+            y[s] = torch.matmul(C[s].unsqueeze(2), state[s])
+    return torch.addcmul(y.view(b, h, p), x, D.unsqueeze(-1)), state

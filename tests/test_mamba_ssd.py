@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -213,3 +215,19 @@ def test_the_published_chunk_scan_gives_the_same_numbers(groups: int) -> None:
     last = last.view(2, groups, n, h // groups, p).permute(0, 1, 3, 4, 2).reshape(2, h, p, n)
     assert (ours - y).abs().max() / y.abs().max() < 1e-6
     assert (last - end).abs().max() / end.abs().max() < 1e-6
+
+
+def test_a_step_of_many_rows_equals_the_same_step_with_gradients() -> None:
+    a = inputs(1, 2, batch=150)
+    args = (a["x"][:, 0], a["dt"][:, 0], a["A"], a["B"][:, 0], a["C"][:, 0], a["D"], a["state"])
+    y, state = ssd_step(*args)
+    with torch.no_grad():
+        tiled, after = ssd_step(*args)
+    assert torch.allclose(tiled, y, atol=1e-14) and torch.allclose(after, state, atol=1e-14)
+
+
+def test_freed_memory_is_kept_on_glibc_and_elsewhere_nothing_happens() -> None:
+    code = "from recur.models.allocator import keep_freed_memory as k; import platform; "
+    code += "print(k() == (platform.libc_ver()[0] == 'glibc'), k() is k())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
