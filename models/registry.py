@@ -54,6 +54,7 @@ MODELS: dict[str, str] = {
 }
 """Name to ``module:class``."""
 
+
 def is_own(name: str) -> bool:
     """Whether ``name`` means a class in a file of the user's own."""
     return ".py:" in name

@@ -75,10 +75,13 @@ def fetch_feeds(
 def fetch_texts(
     store: Store, connector: BybitConnector, kinds: Sequence[str], config: NewsConfig, now_ms: int
 ) -> list[dict[str, Any]]:
-    """Bring in the ``announcements`` and the ``news`` feeds named by ``config``; what came of each source."""
+    """Bring in the ``announcements`` and the ``news`` feeds named by ``config``; what came of each source.
+
+    ``now_ms`` dates what feeds say; announcements are dated by the venue's own clock.
+    """
     done = []
     if "announcements" in kinds:
-        done.append(fetch_announcements(store, connector, config.locale, now_ms))
+        done.append(fetch_announcements(store, connector, config.locale))
     if "news" in kinds:
         if not config.feeds:
             raise UsageError(
@@ -88,8 +91,9 @@ def fetch_texts(
     return done
 
 
-def fetch_announcements(store: Store, connector: BybitConnector, locale: str, now_ms: int) -> dict[str, Any]:
+def fetch_announcements(store: Store, connector: BybitConnector, locale: str) -> dict[str, Any]:
     """Read the venue's announcements until only known ones come, and store them."""
+    now_ms = connector.server_time_ms()
     known: set[str] = set()
     if store.path.exists():
         items = store.news().filter(pl.col("source") == "bybit announcements")

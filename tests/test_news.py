@@ -17,10 +17,14 @@ from recur.connectors import announcements
 from recur.connectors.cleantext import clean, latin_share
 from recur.connectors.feeds import MAX_BYTES, download, read_feed
 from recur.connectors.newsfiles import read_news
+from recur.connectors.sandbox.faults import Rule
+from recur.connectors.sandbox.generated import GeneratedMarket
 from recur.pipeline.imports import import_file
-from recur.pipeline.news import put_items
+from recur.pipeline.news import fetch_announcements, put_items
 from recur.storage.store import Store
-from recur.vocabulary import UsageError, VenueError, VenueRefused, VenueUnreachable, parse_time
+from recur.vocabulary import DAY_MS, UsageError, VenueError, VenueRefused, VenueUnreachable, parse_time
+from tests.venue import END, START, Venue, hurried
+from tests.venue import NOW as SANDBOX_NOW
 
 NOW = parse_time("2025-03-10T12:00:00")
 URL = "https://news.example/rss"
@@ -267,3 +271,55 @@ def test_an_announcement_is_dated_by_its_publication_not_by_its_author() -> None
     assert item["published_ms"] == NOW
     (item,) = announcements.as_items([{**row, "publishTime": NOW - 5}], NOW)
     assert (item["published_ms"], item["key"]) == (NOW - 5, "blt0123456789abcdef")
+
+
+@pytest.fixture(scope="module")
+def venue() -> Iterator[Venue]:
+    market = GeneratedMarket(3, START, END, symbols=("BTCUSDT",), base_interval="1h")
+    with Venue(market).server as server:
+        there = Venue(market)
+        there.server = server
+        yield there
+
+
+def test_announcements_are_fetched_once_and_then_only_what_is_new(venue: Venue, tmp_path: Path) -> None:
+    venue.heals()
+    store, connector = Store(tmp_path), hurried(venue.server.base_url)
+    first = fetch_announcements(store, connector, "en-US")
+    truth = {a.slug for a in venue.market.announcements() if a.published_ms <= SANDBOX_NOW}
+    assert first["new"] == store.news().height == len(truth) > 40
+    venue.server.clock.set(SANDBOX_NOW + 5 * DAY_MS)
+    second = fetch_announcements(store, connector, "en-US")
+    later = {a.slug for a in venue.market.announcements() if a.published_ms <= SANDBOX_NOW + 5 * DAY_MS}
+    assert second["new"] == len(later) - len(truth) > 0
+    assert fetch_announcements(store, connector, "en-US")["new"] == 0
+    assert store.news()["source"].unique().to_list() == ["bybit announcements"]
+
+
+@pytest.mark.parametrize(
+    "fault", ["announcement-inserted", "announcement-dated-ahead", "publish-time-missing", "tags-localised"]
+)
+def test_a_moving_or_careless_list_of_announcements_loses_no_item(
+    venue: Venue, tmp_path: Path, fault: str
+) -> None:
+    venue.heals()
+    connector = hurried(venue.server.base_url)
+    fetch_announcements(Store(tmp_path / "calm"), connector, "en-US")
+    calm = Store(tmp_path / "calm").news()
+    venue.suffers(Rule(fault, "/v5/announcements/index"))
+    fetch_announcements(Store(tmp_path / "rough"), connector, "en-US")
+    rough = Store(tmp_path / "rough").news()
+    assert set(calm["url"]) <= set(rough["url"])
+    assert all(int(t.timestamp() * 1000) <= SANDBOX_NOW for t in rough["published_at"])
+
+
+def test_a_title_edited_under_the_same_address_is_a_version(venue: Venue, tmp_path: Path) -> None:
+    venue.heals()
+    store, connector = Store(tmp_path), hurried(venue.server.base_url)
+    fetch_announcements(store, connector, "en-US")
+    before = store.news().height
+    venue.suffers(Rule("announcement-edited", "/v5/announcements/index"))
+    done = fetch_announcements(store, connector, "en-US")
+    assert (done["new"], store.news().height) == (0, before)
+    assert done["changed"] >= 1
+    assert store.news_versions().height == before + done["changed"]

@@ -213,7 +213,10 @@ def _shifted(strike: Strike, rows: Rows) -> Rows:
 
 def _inserted(strike: Strike, rows: Rows) -> Rows:
     page = int(strike.request.query.get("page", "1"))
-    return strike.rows_of(page=str(page - 1))[-1:] + rows[:-1] if page > 1 else rows
+    if page == 1:
+        return rows
+    shifted = strike.rows_of(page=str(page - 1))[-1:] + rows
+    return shifted[: int(strike.request.query.get("limit", "20"))]
 
 
 def _retitled(strike: Strike, rows: Rows) -> Rows:
