@@ -54,7 +54,7 @@ MODELS: dict[str, str] = {
 }
 """Name to ``module:class``."""
 
-CONTINUOUS = frozenset({"ctrnn", "cfc", "ltc", "ssm"})
+CONTINUOUS = frozenset({"ctrnn", "cfc", "ltc", "sparse", "ssm"})
 """Models whose state moves with the elapsed time."""
 
 
