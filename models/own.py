@@ -12,6 +12,7 @@ import sys
 import traceback
 import types
 from pathlib import Path
+from typing import cast
 
 from recur.models.parity import ParityError, check_parity
 from recur.models.registry import Core, Make
@@ -41,7 +42,7 @@ def own_core(source: bytes, name: str, path: str) -> Core:
             f"{path} has no class '{name}': found {', '.join(classes) or 'none'}.{did_you_mean(name, classes)}",
             "Give the model as path/to/file.py:Name.",
         )
-    make: Make = cls
+    make = cast(Make, cls)
     for d_in, d_out, layers in _WIDTHS:
         where = f"{path}:{name}(d_in={d_in}, d_out={d_out}, layers={layers}, dropout=0)"
         try:

@@ -72,7 +72,7 @@ def spectral_radius(model: SequenceModel, state: State, u_t: Tensor, iterations:
 
     Below 1 a disturbance of the state dies out, at 1 it stays, above 1 it grows. States of at most 256 numbers have
     their Jacobian written out; for larger ones it is the growth of a random vector under Jᵀ over the last half of
-    ``iterations`` products, which for a state that is shifted along (a window, a cache) falls to 0.
+    ``iterations`` products, which for a window that is only shifted along falls to 0.
     """
     n, batch = state_size(state), u_t.shape[0]
     names = [k for k, v in state.items() if v.is_floating_point()]
@@ -94,7 +94,8 @@ def spectral_radius(model: SequenceModel, state: State, u_t: Tensor, iterations:
             eye = torch.eye(n, dtype=flat.dtype, device=flat.device)
             rows = [product(row.expand(batch, -1)) for row in eye]
             jacobian = torch.stack(rows, dim=1).double().cpu()  # (B, n, n)
-            return torch.linalg.eigvals(jacobian).abs().amax(-1)
+            radius: Tensor = torch.linalg.eigvals(jacobian).abs().amax(-1)
+            return radius
         return _growth(product, flat, iterations)
 
 
@@ -146,11 +147,11 @@ def gates(model: SequenceModel, u: Tensor, state: State | None = None) -> list[G
     return out
 
 
-class _Sigmoids(TorchDispatchMode):
+class _Sigmoids(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the result of every sigmoid that torch computes while it is entered."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[Tensor] = []
 
     def __torch_dispatch__(

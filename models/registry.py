@@ -47,10 +47,10 @@ MODELS: dict[str, str] = {
     "cfc": "recur.models.cfc:CfC",
     "ltc": "recur.models.ltc:LTC",
     "sparse": "recur.models.sparse:SparseRNN",
-    "mamba": "recur.models.mamba:Mamba",
-    "mamba2": "recur.models.mamba2:Mamba2",
-    "attention": "recur.models.attention:Attention",
-    "hybrid": "recur.models.hybrid:Hybrid",
+    "mamba": "recur.models.residual:Mamba",
+    "mamba2": "recur.models.residual:Mamba2",
+    "attention": "recur.models.residual:Attention",
+    "hybrid": "recur.models.residual:Hybrid",
 }
 """Name to ``module:class``."""
 

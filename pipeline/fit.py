@@ -15,7 +15,7 @@ import math
 import os
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from recur.models.forecaster import Forecaster, forecast_loss, pinball_loss
+from recur.models.forecaster import Forecaster, Outputs, forecast_loss, pinball_loss
 from recur.models.interface import State
 from recur.pipeline.config import TrainConfig
 from recur.pipeline.dataset import SeriesArrays, Split
@@ -46,7 +46,8 @@ def decay_groups(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]
     Plain are biases, embeddings, the gains of norms and whatever else has one dimension, what a state-space model
     calls ``A_log``, ``dt_bias`` and ``D``, and every parameter with a true ``_no_weight_decay``.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for module in net.modules():
         whole = isinstance(module, nn.Embedding | nn.LayerNorm | nn.RMSNorm)
         for name, p in module.named_parameters(recurse=False):
@@ -60,10 +61,19 @@ class ForecasterModule(L.LightningModule):
     """Loss, optimiser and schedule around a :class:`Forecaster`."""
 
     def __init__(
-        self, net: Forecaster, config: TrainConfig, steps_per_epoch: int, first_step: int = 0
+        self,
+        net: Forecaster,
+        config: TrainConfig,
+        steps_per_epoch: int,
+        first_step: int = 0,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.net, self.config, self.first_step = net, config, first_step
+        # The function alone: the network itself stays as it is, also for what comes after training.
+        self.run: Callable[..., tuple[Outputs, State]] = (
+            torch.compile(net.forward) if compiled else net.forward
+        )
         self.total_steps = max(1, steps_per_epoch * config.epochs)
         self.val_sums: list[tuple[Tensor, Tensor]] = []
         self.state: State | None = None
@@ -73,7 +83,7 @@ class ForecasterModule(L.LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         steps = self.net.steps(batch.observed, batch.elapsed)
-        out, state = self.net(batch.x, batch.symbol, self._begin(batch.fresh), steps)
+        out, state = self.run(batch.x, batch.symbol, self._begin(batch.fresh), steps)
         if self.config.state == "carried":
             self.state = {k: v.detach() for k, v in state.items()}
         loss = forecast_loss(out, batch.target, batch.mask)
@@ -316,16 +326,15 @@ def fit(
         callbacks.append(_Restore(tensors))
     left = config.epochs - done.epoch
     if left > 0 and done.waited < config.patience:
-        module = ForecasterModule(net, config, steps, first_step=done.step)
         device = choose_device(config.device)
+        compiled = config.compile and device == "cuda"
+        module = ForecasterModule(net, config, steps, first_step=done.step, compiled=compiled)
         logs = folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         callbacks.append(keeper)
         if progress:
             callbacks.append(RichProgressBar(leave=False))
         net.chunk = config.checkpoint
-        if config.compile and device == "cuda":
-            net.compile()  # in place: names of weights stay as they are
         with _quiet(), _deterministic(config.deterministic):
             trainer = L.Trainer(
                 accelerator="gpu" if device == "cuda" else "cpu",

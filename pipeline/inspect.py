@@ -124,8 +124,8 @@ def parameters(net: Forecaster) -> dict[str, Any]:
         g, d_h, d_x = GATES[spec.model], spec.hidden, spec.n_features + spec.embed
         formula = sum(g * d_h * (d + d_h + 1) for d in [d_x, *[d_h] * (spec.layers - 1)])
         second = sum(
-            p.numel() for n, p in net.core.named_parameters() if n.split(".")[-1].startswith("bias_hh")
-        )  # type: ignore[attr-defined]
+            p.numel() for n, p in net.named_parameters() if n.rpartition(".")[2].startswith("bias_hh")
+        )
         out["core"] = {
             "formula": f"{g}·d_h·(d_x + d_h + 1)",
             "d_x": d_x,

@@ -98,7 +98,7 @@ def test_the_ablation_finds_a_memory_of_four_bars() -> None:
         loss = forecast_loss(
             out, torch.stack([target[r] for r in rows]), torch.stack([mask[r] for r in rows])
         )
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
     worse = {row["bars"]: row["worse"] for row in ablation(model.eval(), [series])["rows"]}
     assert worse[1] > 0.04 and worse[2] > 0.04

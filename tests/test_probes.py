@@ -23,7 +23,7 @@ class Rotation(nn.Module):
         super().__init__()
         self.d_in = self.d_out = n
         turn = torch.tensor([[math.cos(0.7), -math.sin(0.7)], [math.sin(0.7), math.cos(0.7)]])
-        self.a = nn.Parameter(rho * torch.block_diag(*[turn] * (n // 2)))
+        self.a = nn.Parameter(rho * torch.block_diag(*[turn] * (n // 2)))  # type: ignore[no-untyped-call]
 
     def init_state(self, batch: int) -> State:
         return {"h": torch.zeros(batch, self.d_out), "bars": torch.zeros(batch, dtype=torch.long)}
@@ -96,11 +96,10 @@ def test_the_states_along_a_sequence_are_those_of_its_beginnings() -> None:
 def test_gates_are_seen_without_knowing_the_model() -> None:
     torch.manual_seed(0)
     model, u = GRU(3, 4, 2), torch.randn(2, 25, 3)
+    biases = dict(model.named_parameters())
     with torch.no_grad():
-        model.rnn.bias_ih_l1[4:8] = (
-            9.0  # the update gate of the second layer stays open: nothing is ever written
-        )
-        model.rnn.bias_ih_l0[0:4] = -9.0  # the reset gate of the first layer stays closed
+        biases["rnn.bias_ih_l1"][4:8] = 9.0  # the update gate of the second layer: nothing is ever written
+        biases["rnn.bias_ih_l0"][0:4] = -9.0  # the reset gate of the first layer stays closed
     found = gates(model, u)
     assert [g.width for g in found] == [4] * 4
     assert found[0].closed == 1.0 and found[0].mean < 0.02

@@ -113,17 +113,16 @@ def test_the_carried_state_makes_windows_equal_to_one_long_pass() -> None:
     config = replace(Config().train, state="carried", window=16, burn_in=2, batch=1)
     streams = Streams(samples([100]), 16, 2, 1, 0, shuffle=True)
     module = fitting.ForecasterModule(net(), config, len(streams))
-    module.log = lambda *_, **__: None  # type: ignore[method-assign,assignment]
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
     module.trainer = L.Trainer(logger=False, barebones=True)
-    total, count, x, y, mask = 0.0, 0, [], [], []
+    total, count, parts = 0.0, 0, []
     for k, b in enumerate(streams):
         loss = module.training_step(b, k)
         total, count = total + loss.item() * int(b.mask.sum()), count + int(b.mask.sum())
-        x.append(b.x), y.append(b.target), mask.append(b.mask)
-    out, _ = module.net(torch.cat(x, 1), b.symbol)
-    assert total / count == pytest.approx(
-        forecast_loss(out, torch.cat(y, 1), torch.cat(mask, 1)).item(), rel=1e-5
-    )
+        parts.append((b.x, b.target, b.mask))
+    x, y, mask = (torch.cat(column, 1) for column in zip(*parts, strict=True))
+    out, _ = module.net(x, b.symbol)
+    assert total / count == pytest.approx(forecast_loss(out, y, mask).item(), rel=1e-5)
 
 
 def test_gradients_end_at_the_window_although_the_state_goes_on() -> None:
@@ -133,6 +132,21 @@ def test_gradients_end_at_the_window_although_the_state_goes_on() -> None:
     state = module._begin(torch.tensor([True, False]))
     assert state is not None
     assert state["h"][:, 0, 0].tolist() == [0.0, 1.0]
+
+
+@pytest.mark.full
+def test_a_compiled_training_step_gives_the_loss_and_gradients_of_the_plain_one() -> None:
+    pytest.importorskip("torch._inductor")
+    found = []
+    for compiled in (False, True):
+        module = fitting.ForecasterModule(net(), Config().train, 1, compiled=compiled)
+        module.log = lambda *_, **__: None  # type: ignore[method-assign]
+        module.trainer = L.Trainer(logger=False, barebones=True)
+        loss = module.training_step(next(iter(Windows(samples([60]), 16, 2, 2, 0, shuffle=True))), 0)
+        torch.autograd.backward(loss)
+        grads = [p.grad.flatten() for p in module.net.parameters() if p.grad is not None]
+        found.append(torch.cat([loss.detach()[None], *grads]))
+    assert torch.allclose(found[0], found[1], atol=1e-5)
 
 
 def test_only_matrices_that_mix_are_decayed() -> None:
@@ -183,7 +197,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(home: Path, **settings: Any) -> dict[str, Tensor]:
     config = replace(small(), train=replace(small().train, epochs=2, **settings))
     run = train_price(home, config, resume=None, progress=False)["run_id"]
-    return load_file(RunFolder(home, run).weights)
+    weights: dict[str, Tensor] = load_file(RunFolder(home, run).weights)
+    return weights
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor], atol: float = 0.0) -> bool:
