@@ -135,6 +135,7 @@ def test_gradients_end_at_the_window_although_the_state_goes_on() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.filterwarnings("ignore")
 def test_a_compiled_training_step_gives_the_loss_and_gradients_of_the_plain_one() -> None:
     pytest.importorskip("torch._inductor")
     found = []
