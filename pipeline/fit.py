@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from recur.models.allocator import keep_freed_memory
 from recur.models.forecaster import Forecaster, Outputs, forecast_loss, pinball_loss
 from recur.models.interface import State
 from recur.pipeline.config import TrainConfig
@@ -327,6 +328,7 @@ def fit(
     left = config.epochs - done.epoch
     if left > 0 and done.waited < config.patience:
         device = choose_device(config.device)
+        keep_freed_memory()
         compiled = config.compile and device == "cuda"
         module = ForecasterModule(net, config, steps, first_step=done.step, compiled=compiled)
         logs = folder / "logs"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from itertools import pairwise
 
 import pytest
@@ -63,11 +62,7 @@ def test_any_split_into_chunks_with_carried_state_equals_the_whole(length: int, 
     assert (state["h"] - end["h"]).abs().max() < 1e-12
 
 
-def _written(name: str) -> bool:
-    return importlib.util.find_spec(MODELS[name].partition(":")[0]) is not None and name != "gru_standard"
-
-
-@pytest.mark.parametrize("name", [name for name in sorted(MODELS) if _written(name)])
+@pytest.mark.parametrize("name", sorted(MODELS))
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_step_by_step_equals_the_whole_sequence(name: str, dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(1)
