@@ -54,12 +54,6 @@ MODELS: dict[str, str] = {
 }
 """Name to ``module:class``."""
 
-<<<<<<< HEAD
-=======
-CONTINUOUS = frozenset({"ctrnn", "cfc", "ltc", "sparse", "ssm"})
-"""Models whose state moves with the elapsed time."""
-
->>>>>>> train
 
 def is_own(name: str) -> bool:
     """Whether ``name`` means a class in a file of the user's own."""
