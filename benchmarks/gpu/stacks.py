@@ -130,7 +130,7 @@ def full_state(model: Stack, batch: int, context: int) -> State:
 
 def decode_rate(model: Stack, batch: int, context: int, steps: int) -> float:
     """Tokens per second of ``steps`` steps of a batch after the context."""
-    u = torch.randn(batch, 16, device=DEVICE)
+    u = torch.randn(batch, 16, device=DEVICE, dtype=model.in_proj.weight.dtype)
     with torch.inference_mode():
         state = full_state(model, batch, context)
         for _ in range(3):
