@@ -25,7 +25,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from recur.vocabulary import DataMissing, UsageError
 
@@ -272,7 +272,9 @@ class TextCodec:
             vocab_size=max(size, 256 + len(MARKS)), min_frequency=2, special_tokens=list(MARKS), show_progress=False,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         )  # fmt: skip
-        tokenizer.train_from_iterator((normalise(text) for text in texts), trainer)
+        tokenizer.decoder = decoders.ByteLevel()
+        plain = (" ".join(w for w in normalise(text).split() if w not in MARKS) for text in texts)
+        tokenizer.train_from_iterator(plain, trainer)
         return cls(tokenizer)
 
     @classmethod

@@ -16,6 +16,7 @@ from recur.pipeline.labelled import CLASSES
 from recur.pipeline.sentiment import contaminated, evaluate_file, open_sentiment, score_texts
 from recur.pipeline.sentiment_fit import FinePlan
 from recur.pipeline.sentiment_language import LanguagePlan
+from recur.pipeline.sentiment_trace import trace
 from recur.pipeline.sentiment_train import SentimentPlan, train_sentiment
 from recur.storage.runs import RunFolder
 from recur.vocabulary import DataMissing, UsageError
@@ -222,3 +223,15 @@ def test_a_damaged_run_is_named(trained: tuple[Path, dict[str, Any]], tmp_path: 
         (target / file.name).write_bytes(file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None])
     with pytest.raises(DataMissing, match="cannot be loaded"):
         open_sentiment(tmp_path)
+
+
+def test_a_trace_ends_with_the_score_of_the_text(trained: tuple[Path, dict[str, Any]]) -> None:
+    model = open_sentiment(trained[0])
+    rows = trace(model, "Acme rises 5 times today, report 0", top=3)
+    assert [row["token"] for row in rows[:2]] == [" acme", " rises"]
+    score = score_texts(model, ["Acme rises 5 times today, report 0"])[0]
+    assert [rows[-1][f"p_{name}"] for name in CLASSES] == pytest.approx(score.tolist(), abs=1e-6)
+    assert rows[0]["p_positive"] < rows[1]["p_positive"]
+    assert all(len(row["next"]) == 3 and row["next"][0]["p"] >= row["next"][2]["p"] for row in rows)
+    with pytest.raises(UsageError, match="has 0 tokens"):
+        trace(model, " ")
