@@ -60,10 +60,14 @@ def batches(
 def padded(
     texts: Sequence[Sequence[int]], rows: NDArray[np.int64]
 ) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
-    """(tokens, lengths, rows) of a batch, longest text first."""
+    """(tokens, lengths, rows) of a batch, longest text first.
+
+    Its breadth is a multiple of eight: kernels are made for a shape and kept, so there had better be few shapes.
+    """
     rows = rows[np.argsort([-len(texts[i]) for i in rows], kind="stable")]
     lengths = torch.tensor([len(texts[i]) for i in rows])
-    tokens = torch.full((len(rows), int(lengths[0])), PAD, dtype=torch.long)
+    breadth = -(-int(lengths[0]) // 8) * 8
+    tokens = torch.full((len(rows), breadth), PAD, dtype=torch.long)
     for k, i in enumerate(rows):
         tokens[k, : len(texts[i])] = torch.tensor(texts[i])
     return tokens, lengths, rows
@@ -137,7 +141,7 @@ def fine_tune(
                 net(tokens, lengths), torch.from_numpy(labels[rows]), weight, label_smoothing=plan.smoothing
             )
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(net.parameters(), plan.clip)
             for options, rate in zip(optimiser.param_groups, rates, strict=True):
                 options["lr"] = rate * one_cycle(step, total)

@@ -1,7 +1,7 @@
 """Pretraining: the language model reads the corpus as two endless streams, forward and backward.
 
 Truncated back-propagation through time: the corpus is one line of tokens with a mark after each text, folded into
-parallel streams; each step reads a stretch of a random length and hands its state, cut from the gradient, to the
+parallel streams; each step reads one stretch and hands its state, cut from the gradient, to the
 next. The two directions have separate recurrences and add up their gradients on the shared embeddings, so each
 runs in a thread of its own. The randomness of a pass depends on (seed, pass) alone: a killed training goes on from
 the last finished pass and ends as an undisturbed one would.
@@ -27,7 +27,7 @@ from recur.vocabulary import DataMissing, RecurError
 
 def bf16_pays() -> bool:
     """Whether this processor multiplies in bfloat16: there the recurrences take half the time (weights stay in 32 bits)."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()
+    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
@@ -60,19 +60,15 @@ def as_line(texts: Sequence[Sequence[int]], rng: np.random.Generator) -> Tensor:
     return torch.tensor([token for i in order for token in (*texts[i], EOS)], dtype=torch.long)
 
 
-def stretches(line: Tensor, streams: int, ends: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(inputs, targets) of each stretch up to the next of ``ends``, each (streams, its length), in order."""
-    length = ends[-1]
+def stretches(line: Tensor, streams: int, stretch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(inputs, targets), each (streams, stretch), in order; the rest of the line, less than a stretch, is left out.
+
+    All have one length: the processor's kernels are made for a shape and kept, and many shapes fill the memory.
+    """
+    length = (len(line) - 1) // streams
     folded = torch.stack([line[k * length : (k + 1) * length + 1] for k in range(streams)])
-    for begin, end in zip([0, *ends[:-1]], ends, strict=True):
-        yield folded[:, begin:end], folded[:, begin + 1 : end + 1]
-
-
-def cuts(length: int, stretch: int, count: int, rng: np.random.Generator) -> list[int]:
-    """``count`` increasing ends, the last one ``length``, that lie ``stretch`` apart give or take."""
-    even = np.linspace(0, length, count + 1)[1:-1]
-    moved = np.round(even + rng.uniform(-0.2, 0.2, count - 1) * stretch).astype(int)
-    return [*sorted(set(np.clip(moved, 1, length - 1).tolist())), length]
+    for at in range(0, length - stretch + 1, stretch):
+        yield folded[:, at : at + stretch], folded[:, at + 1 : at + stretch + 1]
 
 
 def one_cycle(step: int, total: int, warm: float = 0.1) -> float:
@@ -97,16 +93,16 @@ def pretrain(
     Raises DataMissing for less than two tokens, RecurError when the loss is no longer finite.
     """
     done = done or Progress()
-    counts = torch.zeros(model.encoder.spec.vocabulary)
-    for text in texts:
-        counts += torch.bincount(torch.tensor([*text, EOS]), minlength=len(counts))
-    tokens = int(counts.sum())
-    streams = max(1, min(plan.streams, tokens // 64))
-    length = (tokens - 1) // streams
-    if length < 2:
-        raise DataMissing("There is no text to pretrain on.", "Give files of texts with --pretrain.")
+    whole = as_line(texts, np.random.default_rng(0))
+    counts = torch.bincount(whole, minlength=model.encoder.spec.vocabulary).float()
+    streams = max(1, min(plan.streams, len(whole) // (2 * plan.stretch)))
+    per_epoch = (len(whole) - 1) // streams // plan.stretch
+    if not per_epoch:
+        raise DataMissing(
+            f"{len(whole)} tokens are too few to pretrain on: expected {plan.stretch + 1}.",
+            "Give files of texts with --pretrain.",
+        )
     frequency = counts / counts.sum()
-    per_epoch = max(1, round(length / plan.stretch))
     total = plan.epochs * per_epoch
     optimiser = torch.optim.AdamW(model.parameters(), lr=plan.lr, betas=(0.9, 0.99), weight_decay=0.01)
     _restore(optimiser, model, done.moments)
@@ -114,15 +110,17 @@ def pretrain(
     with ThreadPoolExecutor(2) as pool:
         for epoch in range(done.epoch, plan.epochs):
             rng = np.random.default_rng((plan.seed, epoch, 1))
-            line, ends = as_line(texts, rng), cuts(length, plan.stretch, per_epoch, rng)
+            line = as_line(texts, rng)
             draws = [torch.Generator().manual_seed(100_003 * plan.seed + 2 * epoch + k) for k in range(2)]
             model.encoder.regularise(plan.drops, 1009 * plan.seed + epoch)
             states: list[State | None] = [None, None]
-            losses = []
-            for pair in zip(*(stretches(way, streams, ends) for way in (line, line.flip(0))), strict=True):
+            losses: list[float] = []
+            for pair in zip(
+                *(stretches(way, streams, plan.stretch) for way in (line, line.flip(0))), strict=True
+            ):
                 jobs = [
                     pool.submit(
-                        _gradients, model, bool(k), *pair[k], states[k], frequency, plan.others, draws[k]
+                        _gradients, model, bool(k), pair[k], states[k], frequency, plan.others, draws[k]
                     )
                     for k in range(2)
                 ]
@@ -147,8 +145,7 @@ def pretrain(
 def _gradients(
     model: LanguageModel,
     backward: bool,
-    inputs: Tensor,
-    targets: Tensor,
+    piece: tuple[Tensor, Tensor],
     state: State | None,
     frequency: Tensor,
     others: int,
@@ -158,6 +155,7 @@ def _gradients(
     names, parameters = zip(
         *((name, p) for name, p in model.named_parameters() if not name.startswith(other_way)), strict=True
     )
+    inputs, targets = piece
     sample, chance = draw_sample(targets, frequency, others, rng)
     hidden, after = model.hidden(inputs, backward, state)
     loss = model.loss(hidden, targets, backward, sample, chance)

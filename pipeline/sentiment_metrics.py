@@ -22,7 +22,7 @@ def evaluate(probability: FloatArray, label: IntArray) -> dict[str, Any]:
     bins (Guo et al. 2017, arXiv:1706.04599, eq. 3); ``auc`` ranks positive against negative by the difference of
     their probabilities and is None where either is absent.
     """
-    read = np.isfinite(probability).all(axis=1)
+    read = np.asarray(np.isfinite(probability).all(axis=1))
     guess = np.where(read, np.argmax(np.where(read[:, None], probability, 0.0), axis=1), -1)
     confusion = np.zeros((3, 3), dtype=int)
     np.add.at(confusion, (label[read], guess[read]), 1)

@@ -100,7 +100,7 @@ class TextClassifier(nn.Module):
             tokens = reversed_rows(tokens, lengths)
         pool = Pool(len(tokens), part.d_out, self.inner.weight)
         state: State | None = None
-        starts = range(0, tokens.shape[1], CHUNK)
+        starts = range(0, int(lengths[0]), CHUNK)
         for nth, at in enumerate(starts):
             rows = int((lengths > at).sum())
             piece, left = tokens[:rows, at : at + CHUNK], (lengths[:rows] - at).clamp(max=CHUNK)

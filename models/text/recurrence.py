@@ -77,12 +77,16 @@ class Recurrence(nn.Module):
     def read(self, u: Tensor, lengths: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """As ``forward`` on a packed batch: ``lengths`` (B,) on the processor, longest first, none zero.
 
-        y is zero after the end of a row, and its state is that at its own end.
+        y is zero after the end of a row; the state of a row that ends before the others means nothing. In half
+        precision the batch stays padded, which is exact, since no direction looks ahead, and twice as fast there.
         """
         return self._layers(u, lengths, state)
 
     def _layers(self, u: Tensor, lengths: Tensor | None, state: State | None) -> tuple[Tensor, State]:
         state = self.init_state(u.shape[0]) if state is None else state
+        ends = None if lengths is None else torch.arange(u.shape[1]) < lengths[:, None]
+        if self.half_precision:
+            lengths = None
         after: State = {}
         for k, cell in enumerate(self._lstms()):
             if k and self.training:
@@ -96,12 +100,12 @@ class Recurrence(nn.Module):
             y, (h, c) = functional_call(cell, self._dropped(cell), (packed, hc))
             u = y if lengths is None else pad_packed_sequence(y, batch_first=True, total_length=u.shape[1])[0]
             after |= {f"h.{k}": h[0], f"c.{k}": c[0]}
-        return u, after
+        return (u if ends is None else u * ends[..., None]), after
 
     def _dropped(self, cell: nn.LSTM) -> dict[str, Tensor]:
         weight = cell.weight_hh_l0
         assert isinstance(weight, Tensor)
-        parts = dict(cell.named_parameters())
+        parts: dict[str, Tensor] = dict(cell.named_parameters())
         if self.training and self.weight_drop > 0:
             kept = torch.empty_like(weight).bernoulli_(1 - self.weight_drop, generator=self.rng)
             parts["weight_hh_l0"] = weight * kept.div_(1 - self.weight_drop)
@@ -113,8 +117,10 @@ class Recurrence(nn.Module):
         after: State = {}
         x = u_t
         for k, cell in enumerate(self._lstms()):
-            gates = nn.functional.linear(x, cell.weight_ih_l0, cell.bias_ih_l0) + nn.functional.linear(
-                state[f"h.{k}"], cell.weight_hh_l0, cell.bias_hh_l0
+            weight = dict(cell.named_parameters())
+            gates = nn.functional.linear(x, weight["weight_ih_l0"], weight["bias_ih_l0"])
+            gates = gates + nn.functional.linear(
+                state[f"h.{k}"], weight["weight_hh_l0"], weight["bias_hh_l0"]
             )
             i, f, g, o = gates.chunk(4, dim=-1)
             c = torch.sigmoid(f) * state[f"c.{k}"] + torch.sigmoid(i) * torch.tanh(g)
