@@ -296,6 +296,21 @@ def _pairs(title: str, values: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
+def _stages(state: State) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error for each stage in turn; gives the function to call with (stage, done, total)."""
+    with contextlib.ExitStack() as stack:
+        bars: dict[str, Callable[[int, int], None]] = {}
+
+        def say(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                stack.close()
+                bars[stage] = stack.enter_context(_progress(state, stage))
+            bars[stage](done, total)
+
+        yield say
+
+
+@contextlib.contextmanager
 def _progress(state: State, what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error; gives the function to call with (done, total)."""
     if not state.progress:
@@ -632,7 +647,7 @@ def _say_certificate(title: str, held: Mapping[str, Any]) -> None:
 @app.command()
 def train(
     ctx: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="[price]", help="What to train.")] = "price",
+    what: Annotated[str, typer.Argument(metavar="[price|sentiment]", help="What to train.")] = "price",
     model: Model = None,
     epochs: Epochs = None,
     seed: Seed = None,
@@ -644,11 +659,24 @@ def train(
     until: Until = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this unfinished run.")] = None,
     allow_gaps: AllowGaps = False,
+    data: Annotated[list[Path] | None, typer.Option(help="sentiment: file of text, label; repeat.")] = None,
+    pretrain: Annotated[
+        list[Path] | None, typer.Option(help="sentiment: file of texts for the language model; repeat.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--from", metavar="RUN", help="sentiment: begin with this run's encoder.")
+    ] = None,
 ) -> None:
-    """Train one model on what is stored."""
-    if what != "price":
-        raise UsageError(f"'{what}' cannot be trained: expected price.{did_you_mean(what, ['price'])}")
+    """Train a price model on what is stored, or a sentiment model on files of texts."""
     state: State = ctx.obj
+    if what not in ("price", "sentiment"):
+        guess = did_you_mean(what, ["price", "sentiment"])
+        raise UsageError(f"'{what}' cannot be trained: expected price or sentiment.{guess}")
+    if what == "sentiment":
+        _train_sentiment(state, data or [], pretrain or [], base, epochs, seed, resume)
+        return
+    if data or pretrain or base:
+        raise UsageError("--data, --pretrain and --from belong to recur train sentiment.")
     config = state.config(
         model__name=model, train__epochs=epochs, train__seed=seed, train__device=device, train__pool=pool,
         market__symbols=_words(symbols), market__interval=interval, train__since=since, train__until=until,
@@ -657,6 +685,38 @@ def train(
 
     metrics = train_price(state.home, config, resume=resume, progress=state.progress, allow_gaps=allow_gaps)
     state.result(metrics, lambda: _say_metrics(metrics))
+
+
+def _train_sentiment(
+    state: State,
+    data: Sequence[Path],
+    pretrain: Sequence[Path],
+    base: str | None,
+    epochs: int | None,
+    seed: int | None,
+    resume: str | None,
+) -> None:
+    if not data:
+        raise UsageError("recur train sentiment needs labelled texts.", "Give --data FILE; repeat for more.")
+    from recur.pipeline.sentiment_train import SentimentPlan, train_sentiment
+
+    plan = SentimentPlan().with_choices(epochs, seed)
+    with _stages(state) as say:
+        metrics = train_sentiment(state.home, data, pretrain, base=base, plan=plan, resume=resume, say=say)
+
+    def people() -> None:
+        for part in ("validation", "test"):
+            if part in metrics:
+                _say_sentiment(f"{metrics['run_id']}, {part} part", metrics[part])
+
+    state.result(metrics, people)
+
+
+def _say_sentiment(title: str, metrics: Mapping[str, Any]) -> None:
+    _pairs(title, metrics)
+    columns = ["precision", "recall", "f1", "n"]
+    rows = ([name, *(block[c] for c in columns)] for name, block in metrics["per_class"].items())
+    _table("Per class", ["", *columns], rows)
 
 
 @app.command()
@@ -844,6 +904,37 @@ def _say_inspection(found: Mapping[str, Any]) -> None:
 def _say_forecasts(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     columns = ["unique_id", "cutoff", "ds", "horizon", "model", "q05", "q50", "q95", "prob_up", "vol"]
     _table(title, columns, ([row.get(key) for key in columns] for row in rows))
+
+
+@app.command()
+def sentiment(
+    ctx: typer.Context,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts to score.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Score the texts of this file.")] = None,
+    evaluate: Annotated[Path | None, typer.Option(help="Judge the model on this labelled file.")] = None,
+    run: Annotated[str | None, typer.Option(metavar="RUN", help="Sentiment run; else the last.")] = None,
+) -> None:
+    """Score texts as negative, neutral or positive, or judge a sentiment model on a labelled file."""
+    state: State = ctx.obj
+    if (bool(texts), file is not None, evaluate is not None).count(True) != 1:
+        raise UsageError("Expected one of TEXT..., --file and --evaluate.", "See recur sentiment --help.")
+    from recur.pipeline.sentiment import evaluate_file, open_sentiment, score_rows
+
+    model = open_sentiment(state.home, run)
+    if evaluate is not None:
+        metrics = evaluate_file(model, evaluate)
+        state.result(metrics, lambda: _say_sentiment(f"{evaluate} by {model.run_id}", metrics))
+        return
+    if file is not None:
+        from recur.pipeline.labelled import read_rows
+
+        texts = read_rows(file)
+    rows = score_rows(model, texts or [])
+    columns = ["label", "p_negative", "p_neutral", "p_positive", "in_training", "text"]
+    state.result(
+        {"run_id": model.run_id, "texts": rows},
+        lambda: _table(model.run_id, columns, ([row[c] for c in columns] for row in rows)),
+    )
 
 
 @ledger_app.command("show")

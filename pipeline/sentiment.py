@@ -1,0 +1,139 @@
+"""A trained sentiment model: opening it, scoring texts, judging it on labelled files.
+
+A run of kind ``sentiment`` holds ``model.safetensors`` (classifier and language model), ``tokenizer.json``,
+``sentiment.json`` (sizes, plan, temperature) and ``training_texts.txt`` (a fingerprint of every text it learned from).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from recur.models.text.classifier import TextClassifier
+from recur.models.text.encoder import Encoder, EncoderSpec, load_weights
+from recur.models.text.language import LanguageModel
+from recur.pipeline.labelled import CLASSES, Texts, read_labelled
+from recur.pipeline.sentiment_fit import FloatArray, logits_of
+from recur.pipeline.sentiment_metrics import evaluate
+from recur.pipeline.text import TextCodec, fingerprint
+from recur.storage.runs import RunFolder, latest_run, open_run
+from recur.vocabulary import DataMissing, parse_time
+
+KIND = "sentiment"
+
+
+@dataclass(frozen=True, slots=True)
+class SentimentModel:
+    """What a run holds. ``seen`` are fingerprints of its training texts, ``window`` when they were published (ms)."""
+
+    run_id: str
+    net: TextClassifier
+    language: LanguageModel
+    codec: TextCodec
+    temperature: float
+    seen: frozenset[str]
+    window: tuple[int, int] | None
+
+
+def save_model(folder: RunFolder, net: TextClassifier, language: LanguageModel) -> None:
+    """Write the weights: the classifier's under ``classifier.``, the language model's under ``language.``.
+
+    After fine-tuning the two have different encoders; both are kept.
+    """
+    tensors: dict[str, Tensor] = {f"classifier.{k}": v.contiguous() for k, v in net.state_dict().items()}
+    tensors |= {f"language.{k}": v.contiguous().clone() for k, v in language.state_dict().items()}
+    beside = folder.path / ".model.tmp"
+    save_file(tensors, beside)
+    beside.replace(folder.weights)
+
+
+def open_sentiment(home: Path, run_id: str | None = None) -> SentimentModel:
+    """The model of a complete run, by default the newest. Raises DataMissing when there is none or it is damaged."""
+    name = run_id or latest_run(home, KIND)
+    if name is None:
+        raise DataMissing(
+            f"There is no sentiment model in {home}.", "recur train sentiment --data FILE makes one."
+        )
+    folder = open_run(home, name)
+    if not name.startswith(f"{KIND}-"):
+        raise DataMissing(f"Run '{name}' is no sentiment model.", "Their ids begin with 'sentiment-'.")
+    spec = folder.read_json("sentiment.json")
+    sizes = EncoderSpec(**spec["encoder"])
+    net, language = TextClassifier(Encoder(sizes)), LanguageModel(Encoder(sizes))
+    try:
+        tensors = load_file(folder.weights)
+        load_weights(net, tensors, "classifier.")
+        load_weights(language, tensors, "language.")
+        codec = TextCodec.from_json((folder.path / "tokenizer.json").read_text("utf-8"))
+        seen = frozenset((folder.path / "training_texts.txt").read_text("utf-8").split())
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise DataMissing(
+            f"Run {name} cannot be loaded: {str(error).splitlines()[0]}",
+            "Train again with 'recur train sentiment'.",
+        ) from error
+    window = folder.read_manifest()["training_window"]
+    span = (parse_time(window["since"]), parse_time(window["until"])) if window["since"] else None
+    return SentimentModel(name, net.eval(), language.eval(), codec, float(spec["temperature"]), seen, span)
+
+
+def score_texts(model: SentimentModel, texts: Sequence[str]) -> FloatArray:
+    """Probabilities (N, 3) of negative, neutral and positive; a row of NaN for a text with nothing to read.
+
+    A text longer than ``CHUNK`` tokens is read in chunks with the state carried, none is cut. Raises UsageError for a
+    text of more than a megabyte.
+    """
+    logits = logits_of(model.net, model.codec.encode(texts)) / model.temperature
+    return torch.from_numpy(logits).softmax(1).numpy()
+
+
+def contaminated(
+    model: SentimentModel, texts: Sequence[str], published: Sequence[int | None] | None = None
+) -> list[bool]:
+    """Whether the model may have learned from a text: it was one of its texts, or was published in their time."""
+    known = [fingerprint(text) in model.seen for text in texts]
+    if published is None or model.window is None:
+        return known
+    first, last = model.window
+    return [
+        seen or (at is not None and first <= at <= last) for seen, at in zip(known, published, strict=True)
+    ]
+
+
+def score_rows(model: SentimentModel, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """One JSON-ready row per text; ``label`` and probabilities are None where nothing could be read."""
+    rows = []
+    scores, known = score_texts(model, texts), contaminated(model, texts)
+    for text, p, seen in zip(texts, scores, known, strict=True):
+        read = bool(np.isfinite(p).all())
+        chances = {f"p_{name}": float(p[k]) if read else None for k, name in enumerate(CLASSES)}
+        label = CLASSES[int(p.argmax())] if read else None
+        rows.append({"text": text, "label": label, **chances, "in_training": seen})
+    return rows
+
+
+def evaluate_texts(model: SentimentModel, texts: Texts) -> dict[str, Any]:
+    """Metrics on labelled texts, and under ``clean`` the same without those that the model may have learned from.
+
+    ``clean`` is None when fewer than two texts or only one class would be left.
+    """
+    scores = score_texts(model, texts.text)
+    known = np.array(contaminated(model, texts.text, texts.published))
+    found = evaluate(scores, texts.label) | {"run_id": model.run_id, "contaminated": int(known.sum())}
+    left = ~known
+    judged = left.sum() > 1 and len(np.unique(texts.label[left])) > 1
+    return found | {"clean": evaluate(scores[left], texts.label[left]) if judged else None}
+
+
+def evaluate_file(model: SentimentModel, path: Path) -> dict[str, Any]:
+    """As :func:`evaluate_texts` on a labelled file, on its test part when it has a ``split`` column."""
+    texts = read_labelled([path])
+    test = [i for i, part in enumerate(texts.split) if part == "test"]
+    return evaluate_texts(model, texts.take(test) if test else texts) | {"texts": texts.counts}

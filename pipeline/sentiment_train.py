@@ -1,0 +1,290 @@
+"""``recur train sentiment``: from files of texts to a run folder with a sentiment model in it.
+
+1. Vocabulary and language model from the unlabelled files (``--pretrain``), or both from an earlier run (``--from``).
+2. A few passes of the language model over the texts of the labelled training part.
+3. Fine-tuning on its labels; a validation part (the file's own, else a tenth of the training part) decides when to
+   stop and sets the temperature of the probabilities.
+
+Texts of the test and validation parts are kept out of all three, wherever else they occur.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from recur.models.text.classifier import TextClassifier
+from recur.models.text.encoder import Encoder, EncoderSpec, load_weights
+from recur.models.text.language import LanguageModel
+from recur.pipeline.artefact import environment
+from recur.pipeline.labelled import Texts, read_labelled, read_texts, stratified
+from recur.pipeline.sentiment import KIND, evaluate_texts, open_sentiment, save_model
+from recur.pipeline.sentiment_fit import FinePlan, early_stopped
+from recur.pipeline.sentiment_language import LanguagePlan, Progress, bf16_pays, pretrain
+from recur.pipeline.text import TextCodec
+from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id
+from recur.vocabulary import DataMissing, UsageError, did_you_mean, parse_time
+
+Say = Callable[[str, int, int], None]
+STATE = "language.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class SentimentPlan:
+    """Sizes and stages of a training, as recorded in ``sentiment.json``."""
+
+    vocabulary: int = 8000
+    width: int = 256
+    hidden: int = 256
+    layers: int = 2
+    language: LanguagePlan = field(default_factory=LanguagePlan)
+    adapt: LanguagePlan = field(
+        default_factory=lambda: LanguagePlan(epochs=4, streams=32, stretch=48, lr=2e-3)
+    )
+    fine: FinePlan = field(default_factory=FinePlan)
+    validation: float = 0.1
+
+    def with_choices(self, epochs: int | None, seed: int | None) -> SentimentPlan:
+        """The plan with other passes of fine-tuning at most and another seed of every stage; None changes nothing."""
+        plan = self if epochs is None else replace(self, fine=replace(self.fine, epochs=epochs))
+        if seed is None:
+            return plan
+        stages = {name: replace(getattr(plan, name), seed=seed) for name in ("language", "adapt", "fine")}
+        return replace(plan, **stages)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Labelled texts by their use; ``test`` may be empty."""
+
+    train: Texts
+    validation: Texts
+    test: Texts
+
+
+def divide(texts: Texts, share: float, seed: int) -> Parts:
+    """The file's own parts; without a validation part, ``share`` of each class of the training part becomes it."""
+    names = np.array(texts.split)
+    train = np.flatnonzero((names == "") | (names == "train"))
+    validation, test = np.flatnonzero(names == "validation"), np.flatnonzero(names == "test")
+    if not len(validation):
+        kept, out = stratified(texts.label[train], share, seed)
+        train, validation = train[kept], train[out]
+    if not len(train) or not len(validation) or len(np.unique(texts.label[train])) < 2:
+        raise UsageError(
+            f"{len(texts)} labelled texts leave {len(train)} to train on and {len(validation)} to validate: too few.",
+            "At least ten texts of each of two classes are needed.",
+        )
+    return Parts(texts.take(train), texts.take(validation), texts.take(test))
+
+
+def adapt(
+    language: LanguageModel, codec: TextCodec, parts: Parts, plan: SentimentPlan, say: Say
+) -> tuple[TextClassifier, float]:
+    """Steps 2 and 3: a classifier and its temperature; ``language`` ends adapted to the training texts."""
+    half = bf16_pays()
+    tokens = codec.encode(parts.train.text)
+    if plan.adapt.epochs:
+        language.encoder.halve(half)
+        pretrain(
+            language,
+            [t for t in tokens if t],
+            plan.adapt,
+            on_step=lambda k, n, _: say("adapting to the texts", k, n),
+        )
+    torch.manual_seed(plan.fine.seed)
+    net = TextClassifier(Encoder(language.encoder.spec))
+    net.encoder.load_state_dict(language.encoder.state_dict())
+    net.encoder.halve(half)
+    check = (codec.encode(parts.validation.text), parts.validation.label)
+    temperature = early_stopped(
+        net, tokens, parts.train.label, check, plan.fine, lambda k, n: say("fine-tuning", k, n)
+    )
+    for encoder in (language.encoder, net.encoder):
+        encoder.halve(False)
+    return net, temperature
+
+
+def train_sentiment(
+    home: Path,
+    data: Sequence[Path],
+    pretraining: Sequence[Path],
+    *,
+    base: str | None = None,
+    plan: SentimentPlan | None = None,
+    resume: str | None = None,
+    say: Say = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Train one sentiment model; returns its metrics (validation, and test where the data has such a part).
+
+    ``resume`` goes on with an unfinished run on the same files, from the last finished pass of its language model;
+    fine-tuning, which takes minutes, begins again. Raises UsageError for files that do not fit.
+    """
+    started, cpu = time.monotonic(), time.process_time()
+    if base and pretraining:
+        raise UsageError("Both --from and --pretrain were given.", "A run is either taken up or made afresh.")
+    plan = plan or SentimentPlan()
+    texts = read_labelled(data)
+    corpus = read_texts(pretraining) if pretraining else None
+    files = [_file(path) for path in (*data, *pretraining)]
+    folder = (
+        _resumed(home, resume, files)
+        if resume
+        else RunFolder(home, new_run_id(KIND, "lstm", int(time.time() * 1000)))
+    )
+    if resume:
+        if folder.status() == COMPLETE:
+            return folder.read_json("metrics.json")
+        plan = plan.with_choices(None, int(folder.read_manifest()["seed"]))
+        base = folder.read_manifest()["parent"]
+    parent = open_sentiment(home, base) if base else None
+    parts = divide(texts, plan.validation, plan.fine.seed)
+    held_out = set(parts.validation.fingerprints) | set(parts.test.fingerprints)
+    plain = (
+        [t for t, f in zip(corpus.text, corpus.fingerprints, strict=True) if f not in held_out]
+        if corpus
+        else []
+    )
+    seen = sorted(
+        (set(corpus.fingerprints if corpus else ()) - held_out)
+        | set(parts.train.fingerprints)
+        | set(parent.seen if parent else ())
+    )
+    windows = [parts.train.window(), *([corpus.window()] if corpus else [])]
+    if parent and parent.window:
+        windows.append(open_run_window(home, parent.run_id))
+    manifest: dict[str, Any] = {
+        "run_id": folder.run_id, "kind": KIND, "model": "lstm", "status": RUNNING, "seed": plan.fine.seed,
+        "device": "cpu", "parent": parent.run_id if parent else None, "data": files, "texts": texts.counts,
+        "training_window": _joined(windows), "training_texts": len(seen), **environment(),
+    }  # fmt: skip
+    if not resume:
+        folder.write_json("manifest.json", manifest)
+    codec, language = (
+        (parent.codec, parent.language)
+        if parent
+        else _pretrained(folder, [*plain, *parts.train.text], plan, say)
+    )
+    spent = {"pretrain_s": time.monotonic() - started, "pretrain_cpu_s": time.process_time() - cpu}
+    net, temperature = adapt(language, codec, parts, plan, say)
+    save_model(folder, net, language)
+    folder.write_text("tokenizer.json", codec.to_json())
+    folder.write_text("training_texts.txt", "\n".join(seen) + "\n")
+    spec = {"encoder": language.encoder.spec.as_dict(), "temperature": temperature, "plan": asdict(plan)}
+    folder.write_json("sentiment.json", spec)
+    manifest |= {
+        "status": COMPLETE,
+        "wall_s": time.monotonic() - started,
+        "cpu_s": time.process_time() - cpu,
+        **spent,
+    }
+    metrics = _judged(folder, manifest, parts, home)
+    (folder.path / STATE).unlink(missing_ok=True)
+    return metrics
+
+
+def _judged(folder: RunFolder, manifest: dict[str, Any], parts: Parts, home: Path) -> dict[str, Any]:
+    """Complete the run and write the metrics of the model as it is read back from disk."""
+    folder.write_json("manifest.json", manifest)
+    model = open_sentiment(home, folder.run_id)
+    metrics: dict[str, Any] = {
+        "run_id": folder.run_id,
+        "model": "lstm",
+        "validation": evaluate_texts(model, parts.validation),
+    }
+    if len(parts.test):
+        metrics["test"] = evaluate_texts(model, parts.test)
+    metrics |= {key: manifest[key] for key in ("texts", "wall_s", "cpu_s", "pretrain_s", "pretrain_cpu_s")}
+    folder.write_json("metrics.json", metrics)
+    return metrics
+
+
+def _pretrained(
+    folder: RunFolder, texts: Sequence[str], plan: SentimentPlan, say: Say
+) -> tuple[TextCodec, LanguageModel]:
+    """Step 1, from the last finished pass that the folder keeps."""
+    tokenizer, state = folder.path / "tokenizer.json", folder.path / STATE
+    if tokenizer.exists():
+        codec = TextCodec.from_json(tokenizer.read_text("utf-8"))
+    else:
+        codec = TextCodec.train(texts, plan.vocabulary)
+        folder.write_text("tokenizer.json", codec.to_json())
+    torch.manual_seed(plan.language.seed)
+    language = LanguageModel(Encoder(EncoderSpec(codec.size, plan.width, plan.hidden, plan.layers)))
+    done = Progress()
+    if state.exists():
+        tensors = load_file(state)
+        load_weights(language, tensors, "net.")
+        moments = {k.removeprefix("opt."): v for k, v in tensors.items() if k.startswith("opt.")}
+        done = Progress(len(tensors["losses"]), tensors["losses"].tolist(), moments)
+
+    def keep(progress: Progress) -> None:
+        tensors: dict[str, Tensor] = {f"net.{k}": v.contiguous() for k, v in language.state_dict().items()}
+        tensors |= {f"opt.{k}": v.contiguous() for k, v in progress.moments.items()}
+        beside = state.with_suffix(".tmp")
+        save_file(tensors | {"losses": torch.tensor(progress.losses, dtype=torch.float64)}, beside)
+        beside.replace(state)
+
+    language.encoder.halve(bf16_pays())
+    tokens = [t for t in codec.encode(texts) if t]
+    losses = pretrain(language, tokens, plan.language, done, keep, lambda k, n, _: say("pretraining", k, n))
+    language.encoder.halve(False)
+    folder.write_json(
+        "language.json", {"losses": losses, "tokens": sum(map(len, tokens)), "texts": len(tokens)}
+    )
+    return codec, language
+
+
+def _resumed(home: Path, resume: str, files: list[dict[str, Any]]) -> RunFolder:
+    runs = [run for run in list_runs(home) if run.run_id.startswith(f"{KIND}-")]
+    names = [run.run_id for run in runs]
+    wanted = names[-1] if resume == "last" and names else resume
+    if wanted not in names:
+        raise UsageError(
+            f"There is no sentiment run '{resume}' in {home / 'runs'}.{did_you_mean(resume, names)}",
+            "'--resume last' takes the newest.",
+        )
+    folder = RunFolder(home, wanted)
+    if folder.status() == "broken":
+        raise DataMissing(
+            f"Run {wanted} was cut off before it began.", f"Remove {folder.path} and train again."
+        )
+    before = folder.read_manifest()["data"]
+    if [f["sha256"] for f in before] != [f["sha256"] for f in files]:
+        raise UsageError(
+            f"Run {wanted} was started on other files: {', '.join(f['path'] for f in before)}.",
+            "Give the same files to go on, or start a new run without --resume.",
+        )
+    return folder
+
+
+def _file(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return {"path": str(path), "sha256": file_digest(file, "sha256").hexdigest()}
+    except OSError as error:
+        raise UsageError(f"Cannot read {path}: {error.strerror}.", "Check the path.") from error
+
+
+def open_run_window(home: Path, run_id: str) -> dict[str, str | None]:
+    """The training window in a run's manifest."""
+    window: dict[str, str | None] = RunFolder(home, run_id).read_manifest()["training_window"]
+    return window
+
+
+def _joined(windows: Sequence[dict[str, str | None]]) -> dict[str, str | None]:
+    since = [w["since"] for w in windows if w["since"]]
+    until = [w["until"] for w in windows if w["until"]]
+    return {
+        "since": min(since, key=parse_time) if since else None,
+        "until": max(until, key=parse_time) if until else None,
+    }

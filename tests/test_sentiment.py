@@ -1,0 +1,237 @@
+"""Training, saving, resuming, scoring and judging a sentiment model, on texts whose truth is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from recur import cli
+from recur.models.text.encoder import Drops
+from recur.pipeline.labelled import CLASSES
+from recur.pipeline.sentiment import contaminated, evaluate_file, open_sentiment, score_texts
+from recur.pipeline.sentiment_fit import FinePlan
+from recur.pipeline.sentiment_language import LanguagePlan
+from recur.pipeline.sentiment_trace import trace
+from recur.pipeline.sentiment_train import SentimentPlan, train_sentiment
+from recur.storage.runs import RunFolder
+from recur.vocabulary import DataMissing, UsageError
+
+SMALL = SentimentPlan(
+    vocabulary=400, width=24, hidden=24,
+    language=LanguagePlan(epochs=2, streams=8, stretch=16),
+    adapt=LanguagePlan(epochs=1, streams=8, stretch=16, lr=2e-3),
+    fine=FinePlan(epochs=12, batch=8, lr=1e-2, decay=1.0, unfreeze=0, patience=12, drops=Drops(0, 0.1, 0.1, 0, 0.1)),
+)  # fmt: skip
+VERBS = {
+    "negative": ["falls", "plunges", "loses"],
+    "neutral": ["names", "meets", "moves"],
+    "positive": ["rises", "gains", "soars"],
+}
+
+
+def headlines(n: int, seed: int = 0) -> pl.DataFrame:
+    """Invented headlines whose verb decides the label, published an hour apart from 2024-01-01."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for k in range(n):
+        label = CLASSES[k % 3]
+        who, verb, when = (
+            rng.choice(["Acme", "Bitcoin", "Nokia", "Ether"]),
+            rng.choice(VERBS[label]),
+            rng.choice(["today", "again", "at last"]),
+        )
+        rows.append((f"{who} {verb} {rng.integers(2, 90)} times {when}, report {seed}-{k} says", label))
+    frame = pl.DataFrame(rows, schema=["text", "label"], orient="row")
+    start = pl.datetime(2024, 1, 1, time_unit="ms", time_zone="UTC")
+    return frame.with_columns(published_at=start + pl.duration(hours=pl.int_range(pl.len())))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    home = tmp_path_factory.mktemp("home")
+    frame = headlines(240).with_columns(
+        split=pl.when(pl.int_range(pl.len()) < 180).then(pl.lit("train")).otherwise(pl.lit("test"))
+    )
+    frame.write_parquet(home / "data.parquet")
+    headlines(120, seed=1).select("text", "published_at").write_parquet(home / "plain.parquet")
+    return home, train_sentiment(home, [home / "data.parquet"], [home / "plain.parquet"], plan=SMALL)
+
+
+def test_a_model_learns_verbs_and_is_judged_on_the_test_part(trained: tuple[Path, dict[str, Any]]) -> None:
+    _, metrics = trained
+    assert metrics["test"]["n"] == 60
+    assert metrics["test"]["accuracy"] > 0.9
+    assert metrics["validation"]["n"] == 18
+    assert sum(map(sum, metrics["test"]["confusion"])) == 60
+
+
+def test_the_manifest_tells_when_the_training_texts_were_published(
+    trained: tuple[Path, dict[str, Any]],
+) -> None:
+    home, metrics = trained
+    manifest = RunFolder(home, metrics["run_id"]).read_manifest()
+    assert manifest["kind"] == "sentiment"
+    assert metrics["run_id"].startswith("sentiment-lstm-")
+    # 120 plain texts an hour apart, and the training part without its tenth for validation: the last may be held out
+    assert manifest["training_window"]["since"] == "2024-01-01T00:00:00Z"
+    assert "2024-01-08T08:00:00Z" <= manifest["training_window"]["until"] <= "2024-01-08T11:00:00Z"
+    assert manifest["training_texts"] == 162 + 120
+
+
+def test_texts_of_the_test_part_are_not_known_and_training_texts_are(
+    trained: tuple[Path, dict[str, Any]],
+) -> None:
+    home, metrics = trained
+    model = open_sentiment(home)
+    texts = headlines(240)["text"].to_list()
+    assert not any(contaminated(model, texts[180:]))
+    assert sum(contaminated(model, texts[:180])) == 162
+    assert contaminated(model, ["New text", "New text"], [1_704_070_000_000, 1_704_067_199_999]) == [
+        True,
+        False,
+    ]
+    assert metrics["test"]["clean"]["n"] == 60
+
+
+def test_reading_a_long_text_in_chunks_gives_what_reading_it_at_once_gives(
+    trained: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_sentiment(trained[0])
+    texts = ["Acme rises today. " * 30, "Nokia falls", "Bitcoin meets Ether. " * 11]
+    at_once = score_texts(model, texts)
+    monkeypatch.setattr("recur.models.text.classifier.CHUNK", 7)
+    np.testing.assert_allclose(score_texts(model, texts), at_once, atol=1e-6)
+
+
+def test_a_text_scores_alike_alone_and_among_others(trained: tuple[Path, dict[str, Any]]) -> None:
+    model = open_sentiment(trained[0])
+    texts = headlines(30, seed=5)["text"].to_list()
+    together = score_texts(model, texts)
+    alone = np.concatenate([score_texts(model, [text]) for text in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    np.testing.assert_allclose(together.sum(1), 1, atol=1e-6)
+
+
+def test_nothing_to_read_has_no_probability_and_counts_as_wrong(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    home, _ = trained
+    model = open_sentiment(home)
+    assert np.isnan(score_texts(model, ["", "  \n", "\x00\x01"])).all()
+    pl.DataFrame(
+        {"text": ["Acme rises", "\u200b", "Acme falls"], "label": ["positive", "neutral", "negative"]}
+    ).write_csv(tmp_path / "x.csv")
+    found = evaluate_file(model, tmp_path / "x.csv")
+    assert found["n"] == 3
+    assert found["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_more_than_a_megabyte_is_refused(trained: tuple[Path, dict[str, Any]]) -> None:
+    with pytest.raises(UsageError, match="Text 2 has 1,200,000 characters"):
+        score_texts(open_sentiment(trained[0]), ["short", "ab " * 400_000])
+
+
+def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(
+    trained: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    home, metrics = trained
+    files = [home / "data.parquet"], [home / "plain.parquet"]
+
+    def killed(stage: str, done: int, total: int) -> None:
+        if stage == "pretraining" and done > total // 2 + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_sentiment(tmp_path, *files, plan=SMALL, say=killed)
+    run = RunFolder(tmp_path, next((tmp_path / "runs").iterdir()).name)
+    assert run.status() == "running"
+    assert (run.path / "language.safetensors").exists()
+    resumed = train_sentiment(tmp_path, *files, plan=SMALL, resume="last")
+    assert resumed["run_id"] == run.run_id
+    assert resumed["test"] | {"run_id": ""} == metrics["test"] | {"run_id": ""}
+    texts = headlines(20, seed=9)["text"].to_list()
+    np.testing.assert_array_equal(
+        score_texts(open_sentiment(home), texts), score_texts(open_sentiment(tmp_path), texts)
+    )
+
+
+def test_resuming_on_other_files_is_refused(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    home, metrics = trained
+    headlines(90, seed=3).write_csv(tmp_path / "other.csv")
+    with pytest.raises(UsageError, match="was started on other files"):
+        train_sentiment(home, [tmp_path / "other.csv"], [], plan=SMALL, resume=metrics["run_id"])
+
+
+def test_a_run_begun_from_another_remembers_its_texts(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    home, metrics = trained
+    headlines(60, seed=4).drop("published_at").write_csv(tmp_path / "more.csv")
+    found = train_sentiment(home, [tmp_path / "more.csv"], [], base=metrics["run_id"], plan=SMALL)
+    manifest = RunFolder(home, found["run_id"]).read_manifest()
+    assert manifest["parent"] == metrics["run_id"]
+    assert manifest["training_texts"] == 162 + 120 + 54
+    assert manifest["training_window"]["since"] == "2024-01-01T00:00:00Z"
+    model = open_sentiment(home, found["run_id"])
+    assert sum(contaminated(model, headlines(240)["text"].to_list())) == 162
+
+
+def test_the_command_line_scores_and_judges(
+    trained: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    home, metrics = trained
+    run = ["--home", str(home), "--json", "sentiment", "--run", metrics["run_id"]]
+    assert cli.run([*run, "Acme soars today", ""]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["label"] for row in found["texts"]] == ["positive", None]
+    assert found["texts"][1]["p_neutral"] is None
+    assert cli.run([*run, "--evaluate", str(home / "data.parquet")]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 60
+    assert cli.run([*run, "--file", str(home / "plain.parquet")]) == 0
+    assert len(json.loads(capsys.readouterr().out)["texts"]) == 120
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["sentiment"], 2, "Expected one of TEXT"),
+        (["sentiment", "x"], 3, "There is no sentiment model"),
+        (["train", "sentiment"], 2, "needs labelled texts"),
+        (["train", "sentiments"], 2, "Did you mean 'sentiment'?"),
+        (["train", "price", "--data", "x.csv"], 2, "belong to recur train sentiment"),
+        (["train", "sentiment", "--data", "absent.csv"], 2, "There is no file absent.csv"),
+    ],
+)
+def test_wrong_use_is_one_line_with_its_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, said: str
+) -> None:
+    assert cli.run(["--home", str(tmp_path), *arguments]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_a_damaged_run_is_named(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    home, metrics = trained
+    source = RunFolder(home, metrics["run_id"]).path
+    target = tmp_path / "runs" / metrics["run_id"]
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None])
+    with pytest.raises(DataMissing, match="cannot be loaded"):
+        open_sentiment(tmp_path)
+
+
+def test_a_trace_ends_with_the_score_of_the_text(trained: tuple[Path, dict[str, Any]]) -> None:
+    model = open_sentiment(trained[0])
+    rows = trace(model, "Acme rises 5 times today, report 0", top=3)
+    assert [row["token"] for row in rows[:2]] == [" acme", " rises"]
+    score = score_texts(model, ["Acme rises 5 times today, report 0"])[0]
+    assert [rows[-1][f"p_{name}"] for name in CLASSES] == pytest.approx(score.tolist(), abs=1e-6)
+    assert rows[0]["p_positive"] < rows[1]["p_positive"]
+    assert all(len(row["next"]) == 3 and row["next"][0]["p"] >= row["next"][2]["p"] for row in rows)
+    with pytest.raises(UsageError, match="has 0 tokens"):
+        trace(model, " ")
