@@ -912,12 +912,22 @@ def sentiment(
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts to score.")] = None,
     file: Annotated[Path | None, typer.Option(help="Score the texts of this file.")] = None,
     evaluate: Annotated[Path | None, typer.Option(help="Judge the model on this labelled file.")] = None,
+    stored: Annotated[
+        bool, typer.Option("--stored", help="Score the stored news that have no score.")
+    ] = False,
     run: Annotated[str | None, typer.Option(metavar="RUN", help="Sentiment run; else the last.")] = None,
 ) -> None:
     """Score texts as negative, neutral or positive, or judge a sentiment model on a labelled file."""
     state: State = ctx.obj
-    if (bool(texts), file is not None, evaluate is not None).count(True) != 1:
-        raise UsageError("Expected one of TEXT..., --file and --evaluate.", "See recur sentiment --help.")
+    if (bool(texts), file is not None, evaluate is not None, stored).count(True) != 1:
+        raise UsageError(
+            "Expected one of TEXT..., --file, --evaluate and --stored.", "See recur sentiment --help."
+        )
+    if stored:
+        from recur.pipeline.score_news import score_stored
+
+        done = score_stored(state.home, state.store(state.config()), run, _now_ms())
+        return state.result(done, lambda: _pairs("Stored news", done))
     from recur.pipeline.sentiment import evaluate_file, open_sentiment, score_rows
 
     model = open_sentiment(state.home, run)

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from recur.pipeline import metrics as score
 from recur.pipeline.backtest import run_backtest
 from recur.pipeline.config import Config
+from recur.pipeline.load import open_store
 from recur.storage.runs import RunFolder
+from recur.vocabulary import parse_time
 
 Floats = NDArray[np.float64]
 _KEY = ("unique_id", "cutoff", "horizon")
@@ -57,6 +59,7 @@ def ablate_news(home: Path, config: Config, *, placebo: int, progress: bool) -> 
             "net_return_without": other["trading"].get("net_return"),
         },
         "placebo_runs": [run["run_id"] for run in dealt],
+        "news": _tested_news(home, with_news, one["folds"]),
     }
     result["text"] = _sentence(result["horizons"])
     RunFolder(home, one["run_id"]).write_json("ablation.json", result)
@@ -88,6 +91,18 @@ def _compare(ours: pl.DataFrame, theirs: pl.DataFrame) -> dict[int, dict[str, An
             "dm_p": None if np.isnan(p) else float(p),
         }
     return out
+
+
+def _tested_news(home: Path, config: Config, folds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Items published in the test span: how many, scored, and scored by a model that may have learned from them."""
+    store, run = open_store(home, config), config.features.news_run
+    since, until = parse_time(folds[0]["test_since"]), parse_time(folds[-1]["test_until"])
+    items = store.news(since_ms=since, until_ms=until).select("news_id", "version")
+    found = {"items": items.height, "run": run or None, "scored": 0, "contaminated": 0}
+    if run:
+        scored = store.sentiment(run).join(items, on=["news_id", "version"], how="semi")
+        found |= {"scored": scored.height, "contaminated": int(scored["contaminated"].sum())}
+    return found
 
 
 def _placebo(gain: float, gains: Sequence[float]) -> dict[str, Any]:

@@ -54,9 +54,11 @@ SENTIMENT_SCHEMA = pl.Schema(
         "run_id": pl.String(),
         "scored_at": TIME,
         **dict.fromkeys(("p_negative", "p_neutral", "p_positive"), pl.Float64()),
+        "contaminated": pl.Boolean(),
     }
 )
-"""Columns of a sentiment frame: one row per version of an item and run that scored it."""
+"""Columns of a sentiment frame: one row per version of an item and run that scored it. ``contaminated``: the model may
+have learned from the item."""
 
 
 def naive(frame: pl.DataFrame, schema: pl.Schema) -> pl.DataFrame:

@@ -129,7 +129,10 @@ _VERSION_2 = (
     *(_point_revisions(table) for table in POINTS.values()),
 )  # fmt: skip
 
-_VERSION_3 = ("ALTER TABLE news ADD COLUMN backfill BOOLEAN DEFAULT false",)
+_VERSION_3 = (
+    "ALTER TABLE news ADD COLUMN backfill BOOLEAN DEFAULT false",
+    "ALTER TABLE sentiment ADD COLUMN contaminated BOOLEAN DEFAULT false",
+)
 
 STEPS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2, _VERSION_3)
 """``STEPS[n]`` takes a store from schema version n to n + 1. Never edit a released step: append one."""

@@ -13,13 +13,15 @@ import pytest
 from recur import cli
 from recur.models.text.encoder import Drops
 from recur.pipeline.labelled import CLASSES
+from recur.pipeline.score_news import score_stored
 from recur.pipeline.sentiment import contaminated, evaluate_file, open_sentiment, score_texts
 from recur.pipeline.sentiment_fit import FinePlan
 from recur.pipeline.sentiment_language import LanguagePlan
 from recur.pipeline.sentiment_trace import trace
 from recur.pipeline.sentiment_train import SentimentPlan, train_sentiment
 from recur.storage.runs import RunFolder
-from recur.vocabulary import DataMissing, UsageError
+from recur.storage.store import Store
+from recur.vocabulary import DataMissing, UsageError, parse_time
 
 SMALL = SentimentPlan(
     vocabulary=400, width=24, hidden=24,
@@ -235,3 +237,27 @@ def test_a_trace_ends_with_the_score_of_the_text(trained: tuple[Path, dict[str, 
     assert all(len(row["next"]) == 3 and row["next"][0]["p"] >= row["next"][2]["p"] for row in rows)
     with pytest.raises(UsageError, match="has 0 tokens"):
         trace(model, " ")
+
+
+def test_stored_news_are_scored_once_and_marked_where_the_model_may_have_learned_from_them(
+    trained: tuple[Path, dict[str, Any]],
+) -> None:
+    home, metrics = trained
+    store = Store(home)
+    known = headlines(240)["text"][0]
+    window = RunFolder(home, metrics["run_id"]).read_manifest()["training_window"]
+    inside, later = parse_time(window["since"]), parse_time(window["until"]) + 86_400_000
+    items = pl.DataFrame(
+        {
+            "news_id": ["old", "new", "told"],
+            "published_at": pl.Series([inside, later, later]).cast(pl.Datetime("ms", "UTC")),
+            "published_precision": ["s", "s", "s"],
+            "title": ["Something else entirely happened", "Prices will rise tomorrow", known],
+        }
+    )
+    store.put_news(items, source="test", now_ms=later)
+    done = score_stored(home, store, metrics["run_id"], later)
+    assert (done["run_id"], done["scored"], done["unread"]) == (metrics["run_id"], 3, 0)
+    marks = dict(store.sentiment(done["run_id"]).select("news_id", "contaminated").iter_rows())
+    assert marks == {"old": True, "new": False, "told": True}
+    assert score_stored(home, store, metrics["run_id"], later)["scored"] == 0

@@ -188,7 +188,10 @@ def test_scores_are_kept_once_per_version_and_run_and_what_is_unscored_is_known(
     left = store.unscored("run-1").select("news_id", "version").rows()
     assert left == [("a", 1), ("a", 2), ("b", 1)]
     scores = pl.DataFrame(
-        [("a", 1, "run-1", at(9).item(), 0.1, 0.2, 0.7), ("a", 2, "run-1", at(9).item(), 0.7, 0.2, 0.1)],
+        [
+            ("a", 1, "run-1", at(9).item(), 0.1, 0.2, 0.7, False),
+            ("a", 2, "run-1", at(9).item(), 0.7, 0.2, 0.1, True),
+        ],
         schema=SENTIMENT_SCHEMA,
         orient="row",
     )
