@@ -8,21 +8,20 @@ logs and errors go to standard error. An error is one line, its exit code is tha
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import math
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from recur.pipeline import terminal
 from recur.pipeline.config import TEXT_KINDS, Config, Provenance, is_pattern, load_config, starter_toml
 from recur.vocabulary import (
     CheckFailed,
@@ -32,7 +31,6 @@ from recur.vocabulary import (
     did_you_mean,
     iso,
     parse_time,
-    to_ms,
 )
 
 if TYPE_CHECKING:
@@ -98,30 +96,9 @@ class State:
     def result(self, document: Mapping[str, Any], people: Callable[[], None]) -> None:
         """The one result of a command: the JSON ``document``, or whatever ``people`` prints."""
         if self.json:
-            print(to_json(document), file=self.out, flush=True)
+            print(terminal.to_json(document), file=self.out, flush=True)
         else:
             people()
-
-
-def to_json(document: object) -> str:
-    """JSON text: NaN and infinity become null, times ISO-8601 with Z, NumPy scalars and paths plain values."""
-    return json.dumps(_plain(document), ensure_ascii=False, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, datetime):
-        return iso(to_ms(value))
-    if isinstance(value, date | Path):
-        return str(value)
-    return _plain(value.item()) if hasattr(value, "item") else str(value)
 
 
 # -- entry -------------------------------------------------------------------------------------------------------
@@ -195,7 +172,7 @@ def _fail(state: State, error: BaseException, code: int, message: str, hint: str
         print(f"recur: {line} {hint}".rstrip(), file=sys.stderr)
         if state.json:
             body = {"code": code, "message": line, "hint": hint, "type": type(error).__name__}
-            print(to_json({"error": body}), file=state.out, flush=True)
+            print(terminal.to_json({"error": body}), file=state.out, flush=True)
 
 
 def main() -> None:
@@ -228,7 +205,7 @@ def _globals(
     wait: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Patience while another process holds the store.")
     ] = None,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     state = ctx.obj if isinstance(ctx.obj, State) else State()
     ctx.obj = state
@@ -243,8 +220,10 @@ def _globals(
         stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("recur").setLevel(level)  # only ours: other loggers may show request headers
-    if version:
-        text = _version("recur")
+    if show_version:
+        from importlib.metadata import version
+
+        text = version("recur")
         state.result({"version": text}, lambda: print(f"recur {text}"))
         raise typer.Exit
     if ctx.invoked_subcommand is None:
@@ -256,125 +235,9 @@ def _globals(
 # -- printing ----------------------------------------------------------------------------------------------------
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def _print_provenance(provenance: Provenance) -> None:
     for key, (value, origin) in provenance.items():
         print(f"{key} = {value!r}  ({origin})", file=sys.stderr)
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.5g}" if math.isfinite(value) else "-"
-    if isinstance(value, datetime):
-        return iso(to_ms(value))
-    return "-" if value is None else str(value)
-
-
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
-    table = Table(*columns, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row))
-    console.print(table)
-
-
-def _pairs(title: str, values: Mapping[str, Any]) -> None:
-    """A two-column table of what is not itself a table."""
-    shown = [(key, value) for key, value in values.items() if not isinstance(value, Mapping | list)]
-    _table(title, ["", ""], shown)
-
-
-@contextlib.contextmanager
-def _stages(state: State) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on standard error for each stage in turn; gives the function to call with (stage, done, total)."""
-    with contextlib.ExitStack() as stack:
-        bars: dict[str, Callable[[int, int], None]] = {}
-
-        def say(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                stack.close()
-                bars[stage] = stack.enter_context(_progress(state, stage))
-            bars[stage](done, total)
-
-        yield say
-
-
-@contextlib.contextmanager
-def _progress(state: State, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error; gives the function to call with (done, total)."""
-    if not state.progress:
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _percent(value: float | None, digits: int = 2, sign: str = "+") -> str:
-    return "–" if value is None else f"{100 * value:{sign}.{digits}f} %"
-
-
-def _p_value(p: float | None) -> str:
-    return "" if p is None else " (p < .001)" if p < 0.001 else f" (p {p:.3f})"
-
-
-def _say_metrics(metrics: Mapping[str, Any]) -> None:
-    """The skill table of a backtest, or the validation losses of a training run."""
-    forecast, oracle = metrics.get("forecast"), metrics.get("oracle", {})
-    if not forecast:
-        losses = metrics["val_pinball"]
-        _table(
-            "Validation pinball loss, in units of volatility",
-            ["epoch", "loss", "best"],
-            ([k + 1, loss, "*" if k == metrics["best_epoch"] else ""] for k, loss in enumerate(losses)),
-        )
-        _pairs("Run", metrics)
-        return
-    names = list(next(iter(forecast.values()))["baselines"])
-    rows = []
-    for horizon, block in forecast.items():
-        skills = [
-            _percent(b["crps_skill"]) + _p_value(b["dm_p"]) for b in (block["baselines"][n] for n in names)
-        ]
-        best = [_percent(oracle[horizon]["crps_skill"])] if oracle else []
-        bands = [_percent(block[f"coverage_{level}"], 1, "") for level in (50, 90)]
-        rows.append([horizon, block["n"], *skills, *best, *bands])
-    attainable = ["attainable vs ewma"] if oracle else []
-    columns = [
-        "horizon",
-        "forecasts",
-        *(f"vs {n}" for n in names),
-        *attainable,
-        "in 50 % band",
-        "in 90 % band",
-    ]
-    _table("CRPS skill out of sample (p: Diebold-Mariano)", columns, rows)
-    trading = metrics["trading"]
-    _table(
-        f"Trading its direction ({trading['fee_bps']} bp fee, {trading['slippage_bps']} bp slippage, 365-day year)",
-        ["gross Sharpe", "net Sharpe", "net return", "max drawdown", "break-even bp", "buy and hold Sharpe"],
-        [
-            [
-                trading["gross_sharpe"], trading["net_sharpe"], _percent(trading["net_return"], 1),
-                _percent(trading["max_drawdown"], 1, ""), trading["break_even_bps"], trading["buy_hold_sharpe"],
-            ]
-        ],
-    )  # fmt: skip
 
 
 # -- options that several commands share ---------------------------------------------------------------------------
@@ -512,10 +375,10 @@ def fetch(
         for result in results:
             if dry_run and (series := result.get("series")):
                 columns = ["series", "since", "until", "windows", "bars"]
-                _table("To ask", columns, ([row.get(key) for key in columns] for row in series))
-            _pairs("Plan" if dry_run else "Followed" if follow else "Fetched", result)
+                terminal.table("To ask", columns, ([row.get(key) for key in columns] for row in series))
+            terminal.pairs("Plan" if dry_run else "Followed" if follow else "Fetched", result)
             if reasons := result.get("reasons"):
-                _table("Missing bars", ["reason", "bars"], reasons.items())
+                terminal.table("Missing bars", ["reason", "bars"], reasons.items())
 
     state.result(results[0] if len(results) == 1 else {"sources": results}, people)
 
@@ -562,7 +425,7 @@ def _fetch_venue(
         plan = plan_fetch(store, connector, request)
         if request.dry_run:
             return dict(plan.as_dict())
-        with _progress(state, "fetching") as on_progress:
+        with terminal.progress(state.progress, "fetching") as on_progress:
             done = dict(run_fetch(store, connector, plan, on_progress).as_dict())
     texts = [kind for kind in config.fetch.kinds if kind in TEXT_KINDS]
     if texts and not request.dry_run:
@@ -617,31 +480,13 @@ def status(ctx: typer.Context) -> None:
         if not held["sha256"]:
             print(f"Nothing is stored in {state.home} yet: recur fetch brings data.")
         else:
-            _say_certificate(f"Series in {store.path}", held)
+            terminal.say_certificate(f"Series in {store.path}", held)
         if runs:
-            _table("Runs", ["run_id", "status"], (list(item.values()) for item in runs))
+            terminal.table("Runs", ["run_id", "status"], (list(item.values()) for item in runs))
         if forecasts:
-            _say_forecasts("Last forecasts", forecasts)
+            terminal.say_forecasts("Last forecasts", forecasts)
 
     state.result(document, people)
-
-
-def _say_certificate(title: str, held: Mapping[str, Any]) -> None:
-    columns = ["series", "rows", "first", "last", "gaps", "missing", "unexplained", "zero_volume", "outliers"]
-    columns += ["revisions", "age_hours", "sha256"]
-    every = [*held["series"], *held["measures"]]
-    _table(title, columns, ([row[key] for key in columns[:-1]] + [row["sha256"][:12]] for row in every))
-    reasons: dict[tuple[str, str], list[int]] = {}
-    for row in every:
-        for hole in row["holes"]:
-            reasons.setdefault((row["series"], hole["reason"]), []).append(hole["bars"])
-    if reasons:
-        _table(
-            "What is absent, and why (--json lists each)",
-            ["series", "reason", "ranges", "bars", "longest"],
-            ([*key, len(bars), sum(bars), max(bars)] for key, bars in reasons.items()),
-        )
-    print(f"Content of the store: sha256 {held['sha256']}")
 
 
 @app.command()
@@ -684,7 +529,7 @@ def train(
     from recur.pipeline.train import train_price
 
     metrics = train_price(state.home, config, resume=resume, progress=state.progress, allow_gaps=allow_gaps)
-    state.result(metrics, lambda: _say_metrics(metrics))
+    state.result(metrics, lambda: terminal.say_metrics(metrics))
 
 
 def _train_sentiment(
@@ -701,22 +546,15 @@ def _train_sentiment(
     from recur.pipeline.sentiment_train import SentimentPlan, train_sentiment
 
     plan = SentimentPlan().with_choices(epochs, seed)
-    with _stages(state) as say:
+    with terminal.stages(state.progress) as say:
         metrics = train_sentiment(state.home, data, pretrain, base=base, plan=plan, resume=resume, say=say)
 
     def people() -> None:
         for part in ("validation", "test"):
             if part in metrics:
-                _say_sentiment(f"{metrics['run_id']}, {part} part", metrics[part])
+                terminal.say_sentiment(f"{metrics['run_id']}, {part} part", metrics[part])
 
     state.result(metrics, people)
-
-
-def _say_sentiment(title: str, metrics: Mapping[str, Any]) -> None:
-    _pairs(title, metrics)
-    columns = ["precision", "recall", "f1", "n"]
-    rows = ([name, *(block[c] for c in columns)] for name, block in metrics["per_class"].items())
-    _table("Per class", ["", *columns], rows)
 
 
 @app.command()
@@ -762,7 +600,7 @@ def backtest(
     )
 
     def people() -> None:
-        _say_metrics(metrics)
+        terminal.say_metrics(metrics)
         print(verdict_text(metrics))
         print(f"Report: {state.home / 'runs' / metrics['run_id'] / 'report.html'}")
 
@@ -781,10 +619,10 @@ def _ablate(state: State, config: Config, part: str | None, placebo: int, run: s
 
     def people() -> None:
         rows = [
-            (h, f"{p['gain']:+.2f} %", _p_value(p["dm_p"]), f"{p.get('placebo_p', float('nan')):.2f}")
+            (h, f"{p['gain']:+.2f} %", terminal.p_value(p["dm_p"]), f"{p.get('placebo_p', float('nan')):.2f}")
             for h, p in result["horizons"].items()
         ]
-        _table("CRPS gained by news", ("bars ahead", "gain", "DM p", "placebo p"), rows)
+        terminal.table("CRPS gained by news", ("bars ahead", "gain", "DM p", "placebo p"), rows)
         print(result["text"])
 
     state.result(result, people)
@@ -851,7 +689,7 @@ def predict(
     found = predicting.predict(state.home, config, run=run, as_of_ms=as_of_ms, trust=trust_model)
 
     def people() -> None:
-        _say_forecasts(f"Forecasts ({found['appended']} new in the ledger)", found["forecasts"])
+        terminal.say_forecasts(f"Forecasts ({found['appended']} new in the ledger)", found["forecasts"])
 
     state.result(found, people)
 
@@ -871,39 +709,7 @@ def inspect(
     if run is None:
         raise DataMissing(f"There is no trained run in {state.home}.", "recur train price makes one.")
     found = inspect_run(state.home, run, trust=trust_model)
-    state.result(found, lambda: _say_inspection(found))
-
-
-def _say_inspection(found: Mapping[str, Any]) -> None:
-    weights, gradient = found["parameters"], found["gradient"]
-    _table("Parameters", ["part", "number"], [*weights["parts"].items(), ("all", weights["total"])])
-    if "core" in weights:
-        _pairs(f"The core against {weights['core']['formula']}", weights["core"])
-    _pairs("Spectral radius of the state map, along real bars", found["spectral_radius"])
-    lags = [0, *(1 << k for k in range(10) if 1 << k < len(gradient["norm_by_lag"]))]
-    _table(
-        f"Gradient of the last output by input lag: 1 % of its largest at {gradient['one_percent_lag']} bars",
-        ["lag", "norm"],
-        ([lag, gradient["norm_by_lag"][lag]] for lag in lags),
-    )
-    if found["gates"]:
-        columns = ["gate", "width", "mean", "closed", "open"]
-        _table("Gates", columns, ([gate[key] for key in columns] for gate in found["gates"]))
-    rows = found["ablation"]["rows"]
-    _table(
-        f"Pinball loss when the state is cut ({found['ablation']['forecasts']} forecasts)",
-        ["bars", *(f"h={h}" for h in rows[0]["pinball"]), "worse", "± 1 s.e."],
-        (
-            [r["bars"], *r["pinball"].values(), _percent(r["worse"]), _percent(r["error"], sign="")]
-            for r in rows
-        ),
-    )
-    print(f"Plot: {found['plot']}")
-
-
-def _say_forecasts(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    columns = ["unique_id", "cutoff", "ds", "horizon", "model", "q05", "q50", "q95", "prob_up", "vol"]
-    _table(title, columns, ([row.get(key) for key in columns] for row in rows))
+    state.result(found, lambda: terminal.say_inspection(found))
 
 
 @app.command()
@@ -927,13 +733,13 @@ def sentiment(
         from recur.pipeline.score_news import score_stored
 
         done = score_stored(state.home, state.store(state.config()), run, _now_ms())
-        return state.result(done, lambda: _pairs("Stored news", done))
+        return state.result(done, lambda: terminal.pairs("Stored news", done))
     from recur.pipeline.sentiment import evaluate_file, open_sentiment, score_rows
 
     model = open_sentiment(state.home, run)
     if evaluate is not None:
         metrics = evaluate_file(model, evaluate)
-        state.result(metrics, lambda: _say_sentiment(f"{evaluate} by {model.run_id}", metrics))
+        state.result(metrics, lambda: terminal.say_sentiment(f"{evaluate} by {model.run_id}", metrics))
         return
     if file is not None:
         from recur.pipeline.labelled import read_rows
@@ -943,7 +749,7 @@ def sentiment(
     columns = ["label", "p_negative", "p_neutral", "p_positive", "in_training", "text"]
     state.result(
         {"run_id": model.run_id, "texts": rows},
-        lambda: _table(model.run_id, columns, ([row[c] for c in columns] for row in rows)),
+        lambda: terminal.table(model.run_id, columns, ([row[c] for c in columns] for row in rows)),
     )
 
 
@@ -959,7 +765,7 @@ def ledger_show(
     rows = state.store(config).forecasts(limit, config.market.symbols if symbols else None).to_dicts()
 
     def people() -> None:
-        _say_forecasts("Ledger", rows)
+        terminal.say_forecasts("Ledger", rows)
 
     state.result({"forecasts": rows}, people)
 
@@ -1089,7 +895,9 @@ def sandbox_serve(
     if start_ms >= end_ms:
         raise UsageError(f"--since {since} is not before the end of the market, {iso(end_ms)}.")
     if replay:
-        world = _replayed(replay)
+        from recur.connectors.sandbox.replay import replay_files
+
+        world: World = replay_files(replay)
         now_ms = world.end_ms if now_ms is None else now_ms
     else:
         from recur.connectors.sandbox.generated import GeneratedMarket
@@ -1112,20 +920,6 @@ def sandbox_serve(
             _wait_for(ended)
         finally:
             server.stop()
-
-
-def _replayed(paths: Sequence[Path]) -> World:
-    import polars as pl
-
-    from recur.connectors.files import read_candles, read_funding, sniff
-    from recur.connectors.sandbox.replay import ReplayMarket
-
-    kinds = [(path, sniff(path)) for path in paths]
-    candles = [read_candles(path) for path, kind in kinds if kind == "candles"]
-    funding = [read_funding(path) for path, kind in kinds if kind == "funding"]
-    if not candles:
-        raise UsageError("No file of candles was given to replay.", "--replay FILE, repeated for funding.")
-    return ReplayMarket(pl.concat(candles), pl.concat(funding) if funding else None)
 
 
 @contextlib.contextmanager
@@ -1162,8 +956,8 @@ def demo(
     found = run_demo(state.home if state.home_given else None, progress=state.progress, quick=quick)
 
     def people() -> None:
-        _say_metrics(found["backtest"])
-        _say_forecasts("Newest forecasts (log returns)", found["forecasts"])
+        terminal.say_metrics(found["backtest"])
+        terminal.say_forecasts("Newest forecasts (log returns)", found["forecasts"])
         print(verdict_text(found["backtest"]))
         print(
             "The market is SIMULATED: its truth is known, and none of this says anything about a real market."
@@ -1207,23 +1001,9 @@ def doctor(
         return _doctor_archive(state, config, [*archive, *(more or [])])
     if repair:
         return _doctor_repair(state, config)
-    checks = [("recur", True, f"{_version('recur')}, Python {sys.version.split()[0]}")]
-    for package in (
-        "torch",
-        "lightning",
-        "polars",
-        "duckdb",
-        "pyarrow",
-        "pybit",
-        "numpy",
-        "scipy",
-        "safetensors",
-    ):
-        checks.append((package, (found := _version(package)) != "not installed", found))
-    checks += [_check("gpu", _gpu), _check("disk", lambda: _disk(state.home))]
-    checks.append(_check("store", lambda: _store_check(state, config)))
-    if not offline:
-        checks.append(_check("venue", lambda: _venue(config.fetch.base_url)))
+    from recur.pipeline.doctor import checks as all_checks
+
+    checks = all_checks(state.home, state.store(config), config.fetch.base_url, offline=offline)
     ok = all(passed for _, passed, _ in checks)
     document = {
         "ok": ok,
@@ -1231,7 +1011,7 @@ def doctor(
     }
     state.result(
         document,
-        lambda: _table(
+        lambda: terminal.table(
             "Checks", ["check", "", "detail"], [(n, "ok" if k else "FAILED", d) for n, k, d in checks]
         ),
     )
@@ -1248,11 +1028,11 @@ def _doctor_archive(state: State, config: Config, files: Sequence[Path]) -> None
         columns = ["series", "bars", "equal", "differing", "absent"]
         for file in found["files"]:
             title = f"{file['file']}: {file['trades']:,} trades, {file['since']} to {file['until']}"
-            _table(title, columns, ([row[key] for key in columns] for row in file["series"]))
+            terminal.table(title, columns, ([row[key] for key in columns] for row in file["series"]))
         shown = found["differences"][:20]
         if shown:
             title = f"The first {len(shown)} of {len(found['differences'])} differences (--json lists all)"
-            _table(title, list(shown[0]), (list(row.values()) for row in shown))
+            terminal.table(title, list(shown[0]), (list(row.values()) for row in shown))
 
     state.result(found, people)
     if not found["ok"]:
@@ -1263,52 +1043,12 @@ def _doctor_repair(state: State, config: Config) -> None:
     from recur.pipeline.repair import repair
 
     found = repair(state.home, state.store(config), _now_ms())
-    state.result(found, lambda: _table("Repair", ["", ""], ([k, to_json(v)] for k, v in found.items())))
+    state.result(
+        found,
+        lambda: terminal.table("Repair", ["", ""], ([k, terminal.to_json(v)] for k, v in found.items())),
+    )
     if not found["ok"]:
         raise typer.Exit(1)
-
-
-def _check(name: str, look: Callable[[], str]) -> tuple[str, bool, str]:
-    try:
-        return name, True, look()
-    except (RecurError, OSError, ImportError) as error:
-        hint = error.hint if isinstance(error, RecurError) else ""
-        return name, False, f"{error} {hint}".strip()
-
-
-def _gpu() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none: the processor is used"
-
-
-def _disk(home: Path) -> str:
-    import shutil
-
-    folder = next(path for path in (home.resolve(), *home.resolve().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    if free < 1 << 30:
-        raise RecurError(
-            f"only {free / 2**20:.0f} MiB free at {folder}.", "Make room: a gigabyte is the least."
-        )
-    return f"{free / 2**30:.1f} GiB free at {folder}"
-
-
-def _store_check(state: State, config: Config) -> str:
-    store = state.store(config)
-    return f"{store.path}: {store.series_summary().height} series" if store.path.exists() else "none yet"
-
-
-def _venue(base_url: str) -> str:
-    from recur.connectors.bybit import BybitConnector
-
-    before = _now_ms()
-    there = BybitConnector(base_url or None, attempts=1, timeout_s=5.0).server_time_ms()
-    after = _now_ms()
-    drift_s = (there - (before + after) / 2) / 1000
-    if not base_url and abs(drift_s) > 5:
-        raise RecurError(f"this clock is {-drift_s:+.1f} s off the venue's.", "Set the clock (NTP).")
-    return f"answers in {after - before} ms, its clock is {drift_s:+.1f} s from this one"
 
 
 if __name__ == "__main__":

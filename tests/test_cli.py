@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from recur import cli
+from recur.pipeline import terminal
 from recur.vocabulary import StoreBusy
 
 HEAVY = {
@@ -181,7 +182,7 @@ def test_require_edge_exits_5_when_the_verdict_finds_none(
 
 def test_json_has_neither_nan_nor_infinity() -> None:
     assert (
-        cli.to_json({"a": [float("nan"), float("inf"), 1.5], "p": Path("x")})
+        terminal.to_json({"a": [float("nan"), float("inf"), 1.5], "p": Path("x")})
         == '{"a": [null, null, 1.5], "p": "x"}'
     )
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from recur.connectors.files import read_candles, read_funding, sniff
 from recur.connectors.sandbox.world import (
     Announcement,
     Candles,
@@ -125,3 +127,13 @@ def _require(frame: pl.DataFrame, columns: tuple[str, ...], what: str) -> None:
     missing = [c for c in columns if c not in frame.columns]
     if missing:
         raise UsageError(f"The {what} frame to replay lacks the columns {', '.join(missing)}.")
+
+
+def replay_files(paths: Sequence[Path]) -> ReplayMarket:
+    """The market in files of candles and funding. UsageError when none holds candles."""
+    kinds = [(path, sniff(path)) for path in paths]
+    candles = [read_candles(path) for path, kind in kinds if kind == "candles"]
+    funding = [read_funding(path) for path, kind in kinds if kind == "funding"]
+    if not candles:
+        raise UsageError("No file of candles was given to replay.", "--replay FILE, repeated for funding.")
+    return ReplayMarket(pl.concat(candles), pl.concat(funding) if funding else None)
