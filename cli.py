@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from recur.pipeline import terminal
-from recur.pipeline.config import TEXT_KINDS, Config, Provenance, is_pattern, load_config, starter_toml
+from recur.pipeline.config import TEXT_KINDS, Config, is_pattern
+from recur.pipeline.settings import Provenance, load_config, starter_toml
 from recur.vocabulary import (
     CheckFailed,
     DataMissing,

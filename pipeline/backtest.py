@@ -26,7 +26,7 @@ from recur.pipeline import artefact as art
 from recur.pipeline import metrics as score
 from recur.pipeline import trading
 from recur.pipeline.baselines import BASELINES, BaselineForecast
-from recur.pipeline.config import Config, dump_toml
+from recur.pipeline.config import Config
 from recur.pipeline.dataset import RawSeries, Split, arrays, make_split
 from recur.pipeline.fit import choose_device
 from recur.pipeline.inference import Forecast, forecast
@@ -41,6 +41,7 @@ from recur.pipeline.load import (
 )
 from recur.pipeline.report import write_report
 from recur.pipeline.rows import forecast_rows
+from recur.pipeline.settings import dump_toml
 from recur.pipeline.train import fit_fold, gap_ms
 from recur.pipeline.verdict import judge
 from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id

@@ -27,11 +27,11 @@ from recur.models.forecaster import Forecaster, pinball_errors
 from recur.models.interface import Steps
 from recur.models.probes import gates, gradient_by_lag, spectral_radius, state_size, states_along
 from recur.pipeline.artefact import Artefact, load_artefact
-from recur.pipeline.config import load_config
 from recur.pipeline.dataset import arrays
 from recur.pipeline.inspect_plot import draw
 from recur.pipeline.load import open_store, stored_series
 from recur.pipeline.samples import Samples, make_samples
+from recur.pipeline.settings import load_config
 from recur.storage.runs import RunFolder, open_run
 from recur.vocabulary import INTERVALS, DataMissing, from_ms, parse_time
 

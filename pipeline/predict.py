@@ -11,11 +11,12 @@ import polars as pl
 
 from recur.models.registry import model_label
 from recur.pipeline.artefact import open_trained
-from recur.pipeline.config import Config, MarketConfig, load_config
+from recur.pipeline.config import Config, MarketConfig
 from recur.pipeline.dataset import arrays
 from recur.pipeline.inference import Forecast, cutoffs, forecast
 from recur.pipeline.load import open_store, stored_news, stored_series
 from recur.pipeline.rows import forecast_rows, json_rows
+from recur.pipeline.settings import load_config
 from recur.storage.runs import latest_run
 from recur.storage.store import Store
 from recur.vocabulary import INTERVALS, DataMissing, UsageError, from_ms, iso, next_open

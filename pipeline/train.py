@@ -14,7 +14,7 @@ from recur.models.forecaster import Forecaster, ForecasterSpec
 from recur.models.own import source_sha256
 from recur.models.registry import Core, find_core, is_own, model_label
 from recur.pipeline import artefact as art
-from recur.pipeline.config import Config, dump_toml, load_config
+from recur.pipeline.config import Config
 from recur.pipeline.dataset import RawSeries, SeriesArrays, Split, arrays, fit_transform, make_split
 from recur.pipeline.features import FeatureTransform
 from recur.pipeline.fit import choose_device, fit
@@ -27,6 +27,7 @@ from recur.pipeline.load import (
     stored_news,
     stored_series,
 )
+from recur.pipeline.settings import dump_toml, load_config
 from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id
 from recur.vocabulary import INTERVALS, UsageError, did_you_mean, iso, next_open, parse_time
 

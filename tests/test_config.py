@@ -7,17 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from recur.pipeline.config import (
-    SECTIONS,
-    BacktestConfig,
-    Config,
-    FetchConfig,
-    MarketConfig,
-    TrainConfig,
-    dump_toml,
-    load_config,
-    starter_toml,
-)
+from recur.pipeline.config import SECTIONS, BacktestConfig, Config, FetchConfig, MarketConfig, TrainConfig
+from recur.pipeline.settings import dump_toml, load_config, starter_toml
 from recur.vocabulary import UsageError
 
 

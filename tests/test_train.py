@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import load_file
 
 from recur.pipeline.backtest import run_backtest
-from recur.pipeline.config import Config, dump_toml
+from recur.pipeline.config import Config
 from recur.pipeline.predict import predict
+from recur.pipeline.settings import dump_toml
 from recur.pipeline.train import train_price
 from recur.storage.ledger import first_broken
 from recur.storage.runs import RunFolder, list_runs
@@ -90,7 +91,7 @@ def test_a_training_killed_after_an_epoch_resumes_and_ends_as_an_undisturbed_one
     fill(tmp_path)
     (tmp_path / "recur.toml").write_text(dump_toml(small()))
     script = (
-        "from pathlib import Path; from recur.pipeline.config import load_config;"
+        "from pathlib import Path; from recur.pipeline.settings import load_config;"
         "from recur.pipeline.train import train_price;"
         f"train_price(Path({str(tmp_path)!r}), load_config([Path({str(tmp_path / 'recur.toml')!r})], [], {{}})[0],"
         "resume=None, progress=False)"
