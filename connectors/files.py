@@ -115,7 +115,7 @@ def load(path: Path) -> pl.DataFrame:
             f"Cannot tell the format of {path}: expected a name ending in {', '.join(_SUFFIXES)}."
         )
     if not path.is_file():
-        raise UsageError(f"There is no file {path}.", "Check the path given to --source.")
+        raise UsageError(f"There is no file {path}.", "Check the path.")
     try:
         if name.endswith(".parquet"):
             frame = pl.read_parquet(path)

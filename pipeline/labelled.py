@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from recur.connectors.files import load
 from recur.pipeline.text import fingerprint
 from recur.vocabulary import UsageError, did_you_mean, iso, parse_time
 
@@ -28,7 +29,6 @@ _WORDS = {
 }  # fmt: skip
 _SPLITS = {"train": "train", "training": "train", "test": "test", "dev": "validation", "val": "validation"}
 _SPLITS |= {"valid": "validation", "validation": "validation"}
-_TABLES = (".parquet", ".csv", ".csv.gz", ".feather")
 _SHOWN = 5
 
 
@@ -72,7 +72,7 @@ def read_labelled(paths: Sequence[Path]) -> Texts:
     """All labelled texts of ``paths``, duplicates removed. Raises UsageError for whatever does not fit."""
     frames = []
     for path in paths:
-        raw = read_table(path)
+        raw = load(path)
         text = _text_column(raw, path)
         if "label" not in raw.columns:
             raise UsageError(
@@ -109,7 +109,7 @@ def read_texts(paths: Sequence[Path]) -> Texts:
             published = pl.Series("published", [None] * len(lines), dtype=pl.Int64)
             frames.append(pl.DataFrame([lines, published]))
             continue
-        raw = read_table(path)
+        raw = load(path)
         first, times = _text_column(raw, path), _published(raw, path)
         for name in dict.fromkeys((first, "description", "body")):
             if name in raw.columns:
@@ -122,7 +122,7 @@ def read_rows(path: Path) -> list[str]:
     """The text of every row (or line) of a file, in order, duplicates and all; '' where it is missing."""
     if path.name.lower().endswith(".txt"):
         return _lines(path)
-    raw = read_table(path)
+    raw = load(path)
     return [text or "" for text in _strings(raw, _text_column(raw, path), path).to_list()]
 
 
@@ -136,32 +136,6 @@ def stratified(
         rows = rng.permutation(np.flatnonzero(label == k))
         out[rows[: round(share * len(rows))]] = True
     return np.flatnonzero(~out), np.flatnonzero(out)
-
-
-def read_table(path: Path) -> pl.DataFrame:
-    """The frame in a Parquet, CSV, gzipped CSV or Feather file. Raises UsageError when it cannot be read."""
-    name = path.name.lower()
-    if not name.endswith(_TABLES):
-        raise UsageError(f"Cannot tell the format of {path}: expected a name ending in {', '.join(_TABLES)}.")
-    if not path.is_file():
-        raise UsageError(f"There is no file {path}.", "Check the path.")
-    try:
-        if name.endswith(".parquet"):
-            frame = pl.read_parquet(path)
-        elif name.endswith(".feather"):
-            frame = pl.read_ipc(path)
-        else:
-            frame = pl.read_csv(path, infer_schema_length=None)
-    except pl.exceptions.NoDataError:
-        raise UsageError(f"{path} is empty.") from None
-    except (pl.exceptions.PolarsError, OSError, ValueError, EOFError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"Cannot read {path}: {said}", "Is it complete, and of the format its name tells?"
-        ) from error
-    if frame.is_empty():
-        raise UsageError(f"{path} has no rows.")
-    return frame
 
 
 def _lines(path: Path) -> list[str]:

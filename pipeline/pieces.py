@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import Any
 
 _MAX_TEXT = 60_000
 _MAX_ROWS = 400
@@ -67,6 +68,25 @@ def signed(value: object) -> str:
 def p_value(value: object) -> str:
     x = as_float(value)
     return "–" if x is None else "< 0.001" if x < 0.001 else f"{x:.3f}"
+
+
+def as_dict(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def flat(value: dict[str, Any], before: str = "") -> dict[str, str]:
+    """Nested values as one level of text: ``{"test": {"since": …}}`` becomes ``test since``."""
+    out: dict[str, str] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            out |= flat(item, f"{before}{key} ")
+        else:
+            out[f"{before}{key}"] = ", ".join(map(str, item)) if isinstance(item, list) else str(item)
+    return out
 
 
 CSS = """

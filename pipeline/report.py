@@ -98,7 +98,7 @@ def _backtest(folder: RunFolder, metrics: Json, n_series: int) -> list[tuple[str
 
 
 def _verdict(metrics: Json) -> str:
-    verdict = _dict(metrics.get("verdict"))
+    verdict = pieces.as_dict(metrics.get("verdict"))
     word = str(verdict.get("skill", ""))
     text = str(verdict.get("text") or "The run holds no verdict.")
     colour = word if word in _WORDS else "none"
@@ -115,7 +115,7 @@ def _verdict(metrics: Json) -> str:
                 f"of outcomes inside the 90 % band, {_ahead(h, metrics)}",
             )
         )
-    trading = _dict(metrics.get("trading"))
+    trading = pieces.as_dict(metrics.get("trading"))
     if pieces.as_float(trading.get("net_sharpe")) is not None:
         hold = pieces.number(trading.get("buy_hold_sharpe"), ".2f")
         tiles.append(
@@ -124,7 +124,7 @@ def _verdict(metrics: Json) -> str:
     tiles.append(
         (
             pieces.number(metrics.get("n_forecasts"), ",.0f"),
-            f"forecasts of {len(_list(metrics.get('series')))} series",
+            f"forecasts of {len(pieces.as_list(metrics.get('series')))} series",
         )
     )
     return (
@@ -135,10 +135,10 @@ def _verdict(metrics: Json) -> str:
 
 
 def _skill(metrics: Json) -> str:
-    oracle, rows, lines, summary = _dict(metrics.get("oracle")), [], [], []
+    oracle, rows, lines, summary = pieces.as_dict(metrics.get("oracle")), [], [], []
     for h, part in _horizons(metrics):
-        for name, base in _dict(part.get("baselines")).items():
-            base = _dict(base)
+        for name, base in pieces.as_dict(part.get("baselines")).items():
+            base = pieces.as_dict(base)
             skill = pieces.as_float(base.get("crps_skill"))
             low, high = (
                 pieces.as_float(base.get("crps_skill_low")),
@@ -149,7 +149,11 @@ def _skill(metrics: Json) -> str:
                  pieces.number(base.get("qlike_diff"), "+.4f"), pieces.number(base.get("dm_stat"), ".2f"), pieces.p_value(base.get("dm_p"))]
             )  # fmt: skip
             if skill is not None:
-                best = pieces.as_float(_dict(oracle.get(h)).get("crps_skill")) if name == "ewma" else None
+                best = (
+                    pieces.as_float(pieces.as_dict(oracle.get(h)).get("crps_skill"))
+                    if name == "ewma"
+                    else None
+                )
                 rows.append(figures.Interval(_ahead(h, metrics), name, skill, low, high, best))
         summary.append(
             [_ahead(h, metrics), pieces.number(part.get("n"), ",.0f"), pieces.number(part.get("crps"), ".3e"),
@@ -190,12 +194,12 @@ def _skill(metrics: Json) -> str:
 def _by_series(metrics: Json) -> str:
     names: list[str] = []
     for _, part in _horizons(metrics):
-        for scores in _dict(part.get("by_series")).values():
-            names += [name for name in _dict(scores) if name not in names]
+        for scores in pieces.as_dict(part.get("by_series")).values():
+            names += [name for name in pieces.as_dict(scores) if name not in names]
     rows = [
-        [series, _ahead(h, metrics), *(pieces.signed(_dict(scores).get(name)) for name in names)]
+        [series, _ahead(h, metrics), *(pieces.signed(pieces.as_dict(scores).get(name)) for name in names)]
         for h, part in _horizons(metrics)
-        for series, scores in _dict(part.get("by_series")).items()
+        for series, scores in pieces.as_dict(part.get("by_series")).items()
     ]
     if not rows:
         return pieces.absent("Skill by series was not recorded.")
@@ -204,17 +208,17 @@ def _by_series(metrics: Json) -> str:
 
 
 def _oracle(metrics: Json) -> str:
-    entries = _dict(metrics.get("oracle"))
+    entries = pieces.as_dict(metrics.get("oracle"))
     keys = sorted(entries, key=_order)
     rows = [
         [
             _ahead(h, metrics),
-            pieces.signed(_dict(entries[h]).get("crps_skill")),
-            pieces.percent(_dict(entries[h]).get("share")),
+            pieces.signed(pieces.as_dict(entries[h]).get("crps_skill")),
+            pieces.percent(pieces.as_dict(entries[h]).get("share")),
         ]
         for h in keys
     ]
-    texts = dict.fromkeys(str(_dict(entries[h]).get("text") or "") for h in keys)
+    texts = dict.fromkeys(str(pieces.as_dict(entries[h]).get("text") or "") for h in keys)
     return "".join(f"<p>{escape(text)}</p>" for text in texts if text) + pieces.table(
         ["Horizon", "Attainable skill", "Share reached by the model"], rows,
         "The law of a simulated market is known, so the best possible forecast is too. Skill against ewma.",
@@ -222,9 +226,9 @@ def _oracle(metrics: Json) -> str:
 
 
 def _calibration(metrics: Json) -> str:
-    levels, pictures = _dict(metrics.get("pit_levels")), []
+    levels, pictures = pieces.as_dict(metrics.get("pit_levels")), []
     for h in sorted(levels, key=_order):
-        shares = [pieces.as_float(v) for v in _list(levels[h])]
+        shares = [pieces.as_float(v) for v in pieces.as_list(levels[h])]
         if len(shares) == len(LEVELS) and None not in shares:
             pictures.append(
                 figures.calibration(LEVELS.tolist(), [v or 0.0 for v in shares], _ahead(h, metrics))
@@ -333,7 +337,7 @@ def _one_series(name: str, rows: pl.DataFrame, metrics: Json) -> str:
 
 
 def _trading(folder: RunFolder, metrics: Json) -> str:
-    trading = _dict(metrics.get("trading"))
+    trading = pieces.as_dict(metrics.get("trading"))
     if not any(pieces.as_float(v) is not None for v in trading.values()):
         return pieces.absent("No trading was simulated in this run.")
     frame, problem = _read(folder.path / "equity.parquet", ["time"])
@@ -375,7 +379,7 @@ def _trading(folder: RunFolder, metrics: Json) -> str:
 
 
 def _folds(metrics: Json) -> str:
-    folds = [_flat(_dict(fold)) for fold in _list(metrics.get("folds"))]
+    folds = [pieces.flat(pieces.as_dict(fold)) for fold in pieces.as_list(metrics.get("folds"))]
     names = list(dict.fromkeys(name for fold in folds for name in fold))
     if not names:
         return pieces.absent("The bounds of the folds were not recorded.")
@@ -388,7 +392,8 @@ def _folds(metrics: Json) -> str:
 
 def _training(metrics: Json) -> list[tuple[str, str]]:
     values = [
-        math.nan if (v := pieces.as_float(item)) is None else v for item in _list(metrics.get("val_pinball"))
+        math.nan if (v := pieces.as_float(item)) is None else v
+        for item in pieces.as_list(metrics.get("val_pinball"))
     ]
     if not metrics:
         curve = pieces.absent("This run has no metrics.json: nothing was measured, or it was cut short.")
@@ -405,7 +410,7 @@ def _training(metrics: Json) -> list[tuple[str, str]]:
             )
         )
     rest = {k: v for k, v in metrics.items() if k not in ("val_pinball", "run_id", "simulated", "oracle")}
-    rows = [[name, text] for name, text in _flat(rest).items()]
+    rows = [[name, text] for name, text in pieces.flat(rest).items()]
     return [
         ("Training", curve + (pieces.table(["Measure", "Value"], rows, "Of metrics.json.") if rows else ""))
     ]
@@ -451,25 +456,6 @@ def _days(column: pl.Series) -> NDArray[np.float64]:
     return _floats(column.dt.epoch("ms") if column.dtype.is_temporal() else column) / 86_400_000
 
 
-def _dict(value: object) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _flat(value: Json, before: str = "") -> dict[str, str]:
-    """Nested values as one level of text: ``{"test": {"since": …}}`` becomes ``test since``."""
-    out: dict[str, str] = {}
-    for key, item in value.items():
-        if isinstance(item, dict):
-            out |= _flat(item, f"{before}{key} ")
-        else:
-            out[f"{before}{key}"] = ", ".join(map(str, item)) if isinstance(item, list) else str(item)
-    return out
-
-
 def _interval(base: Json) -> str:
     low, high = pieces.as_float(base.get("crps_skill_low")), pieces.as_float(base.get("crps_skill_high"))
     return (
@@ -484,13 +470,13 @@ def _order(text: str) -> tuple[int, float, str]:
 
 
 def _horizons(metrics: Json) -> list[tuple[str, Json]]:
-    forecast = _dict(metrics.get("forecast"))
-    return [(h, _dict(forecast[h])) for h in sorted(forecast, key=_order)]
+    forecast = pieces.as_dict(metrics.get("forecast"))
+    return [(h, pieces.as_dict(forecast[h])) for h in sorted(forecast, key=_order)]
 
 
 def _strongest(part: Json) -> tuple[str, Json]:
     """The baseline with the lowest CRPS: equally, the one that leaves the model the least skill."""
-    known = {k: _dict(v) for k, v in _dict(part.get("baselines")).items()}
+    known = {k: pieces.as_dict(v) for k, v in pieces.as_dict(part.get("baselines")).items()}
     known = {k: v for k, v in known.items() if pieces.as_float(v.get("crps_skill")) is not None}
     if not known:
         return "", {}
@@ -501,7 +487,7 @@ def _strongest(part: Json) -> tuple[str, Json]:
 def _ahead(horizon: str, metrics: Json) -> str:
     """``6 bars (6 h)``: the time is given when the number of bars in a year is known."""
     words = f"{horizon} bar{'' if horizon == '1' else 's'}"
-    per_year = pieces.as_float(_dict(metrics.get("trading")).get("bars_per_year"))
+    per_year = pieces.as_float(pieces.as_dict(metrics.get("trading")).get("bars_per_year"))
     if not per_year or per_year < 0 or not horizon.isdigit():
         return words
     minutes = round(int(horizon) * 365 * 1440 / per_year)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import json
 import logging
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import polars as pl
 import pytest
@@ -21,9 +18,7 @@ from recur.connectors.sandbox.server import SandboxServer, VirtualClock
 from recur.connectors.windows import Window
 from recur.vocabulary import (
     HOUR_MS,
-    MINUTE_MS,
     Series,
-    UsageError,
     VenueBanned,
     VenueError,
     VenueForbidden,
@@ -31,11 +26,21 @@ from recur.vocabulary import (
     VenueUnreachable,
     parse_time,
 )
-
-START = parse_time("2025-07-01")
-NOW = parse_time("2025-08-30T12:34")
-BTC = Series("linear", "BTCUSDT", "1h")
-TWO_HOURS = Window(BTC, START, START + 2 * HOUR_MS, 2)
+from tests.scripted import (
+    BTC,
+    GOOD,
+    HTML,
+    NOW,
+    START,
+    TWO_HOURS,
+    Reply,
+    Scripted,
+    code,
+    ok,
+    opens,
+    patient,
+    row,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +48,6 @@ def sandbox() -> Iterator[SandboxServer]:
     world = GeneratedMarket(3, START, parse_time("2025-09-01"), symbols=("BTCUSDT", "ETHUSDT"))
     with SandboxServer(world, VirtualClock(NOW)) as server:
         yield server
-
-
-def opens(frame: pl.DataFrame) -> list[int]:
-    return frame["open_time"].dt.epoch("ms").to_list()
 
 
 # -- answers ------------------------------------------------------------------------------------------
@@ -146,90 +147,6 @@ def test_pybit_adds_no_log_handler_and_prints_nothing(
 
 
 # -- failures -----------------------------------------------------------------------------------------
-
-Reply = tuple[int, str, dict[str, str]]
-
-
-class Scripted:
-    """A server that gives ``replies`` in turn and then the last one for ever."""
-
-    def __init__(self, replies: list[Reply]) -> None:
-        self.replies = replies
-        self.asked = 0
-        self.paths: list[str] = []
-        script = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                status, body, headers = script.replies[min(script.asked, len(script.replies) - 1)]
-                script.asked += 1
-                script.paths.append(self.path)
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(body.encode())
-
-            def log_message(self, *_: Any) -> None:
-                """Say nothing."""
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.base_url = f"http://127.0.0.1:{self._http.server_address[1]}"
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,))
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._http.shutdown()
-        self._thread.join()
-        self._http.server_close()
-
-
-@pytest.fixture
-def scripted() -> Iterator[Callable[..., Scripted]]:
-    servers: list[Scripted] = []
-
-    def start(*replies: Reply) -> Scripted:
-        servers.append(Scripted(list(replies)))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
-
-
-class Clock:
-    """Seconds that pass only by sleeping."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-def patient(base_url: str, **options: Any) -> tuple[BybitConnector, Clock]:
-    """A connector whose waits take no time, and the clock that counts them."""
-    clock = Clock()
-    return BybitConnector(base_url, clock=clock, sleep=clock.sleep, **options), clock
-
-
-def ok(result: object, **extra: object) -> Reply:
-    return 200, json.dumps({"retCode": 0, "retMsg": "", "result": result, "time": NOW, **extra}), {}
-
-
-def code(number: object, text: str = "no") -> Reply:
-    return 200, json.dumps({"retCode": number, "retMsg": text, "result": {}, "time": NOW}), {}
-
-
-def row(hour: int, *values: str) -> list[str]:
-    return [str(START + hour * HOUR_MS), *(values or ("10", "12", "9", "11", "5", "55"))]
-
-
-GOOD = ok({"category": "linear", "symbol": "BTCUSDT", "list": [row(1), row(0)]})
-HTML = "<html><body>The distribution is configured to block access from your country.</body></html>"
 
 
 @pytest.mark.parametrize(
@@ -466,160 +383,3 @@ def test_a_zipped_answer_is_read(scripted: Callable[..., Scripted]) -> None:
         connector = BybitConnector(f"http://127.0.0.1:{listener.getsockname()[1]}")
         assert connector.candles(TWO_HOURS).height == 2
         thread.join()
-
-
-@pytest.mark.parametrize(
-    ("value", "why"),
-    [
-        ("NaN", "is not a number"),
-        ("1,5", "float"),
-        ("inf", "is not a number"),
-        (" 1", "float"),
-        (1, "is not text"),
-    ],
-)
-def test_a_value_that_is_no_number_is_refused(
-    scripted: Callable[..., Scripted], value: object, why: str
-) -> None:
-    bad = [str(START), "10", "12", "9", "11", value, "55"]
-    connector, _ = patient(scripted(ok({"list": [bad, bad[:5]]})).base_url, attempts=1)
-    with pytest.raises(VenueError, match=f"candles cannot be read .*{why}"):
-        connector.candles(TWO_HOURS)
-
-
-def test_further_columns_are_news_to_us_and_ignored(scripted: Callable[..., Scripted]) -> None:
-    server = scripted(ok({"list": [[*row(0), "7"]], "news": 1}))
-    assert opens(patient(server.base_url)[0].candles(TWO_HOURS)) == [START]
-
-
-def test_absent_values_become_null(scripted: Callable[..., Scripted]) -> None:
-    server = scripted(ok({"list": [row(0, "10", "12", "9", "11", "5", "")]}))
-    frame = patient(server.base_url)[0].candles(Window(BTC, START, START + HOUR_MS, 1))
-    assert frame.row(0)[5:] == (10.0, 12.0, 9.0, 11.0, 5.0, None)
-
-
-def test_instruments_follow_the_cursor_until_it_repeats(scripted: Callable[..., Scripted]) -> None:
-    server = scripted(
-        ok({"list": [{"symbol": "A"}], "nextPageCursor": "first%3DA"}),
-        ok({"list": [{"symbol": "B"}], "nextPageCursor": "first%3DB"}),
-        ok({"list": [{"symbol": "C"}], "nextPageCursor": "first%3DB"}),
-    )
-    found = patient(server.base_url)[0].instruments("linear")
-    assert [row["symbol"] for row in found] == ["A", "B", "C"]
-
-
-def test_instruments_become_a_frame_with_times_numbers_and_turnover(
-    scripted: Callable[..., Scripted],
-) -> None:
-    btc = {
-        "symbol": "BTCUSDT", "contractType": "LinearPerpetual", "status": "Trading", "baseCoin": "BTC",
-        "quoteCoin": "USDT", "settleCoin": "USDT", "launchTime": "1585526400000", "deliveryTime": "0",
-        "fundingInterval": 480, "priceFilter": {"tickSize": "0.10"}, "lotSizeFilter": {"qtyStep": "0.001"},
-        "somethingNew": {"a": 1},
-    }  # fmt: skip
-    gone = {"symbol": "AAVEUSDT", "status": "Closed", "launchTime": "", "deliveryTime": "1700000000000"}
-    server = scripted(
-        ok({"list": [btc]}), ok({"list": []}), ok({"list": []}), ok({"list": [gone]}),
-        ok({"list": [{"symbol": "BTCUSDT", "turnover24h": "5000.5"}, {"symbol": "X", "turnover24h": ""}]}),
-    )  # fmt: skip
-    frame = patient(server.base_url)[0].all_instruments("linear")
-    assert frame["launch_time"].dt.epoch("ms").to_list() == [None, 1585526400000]
-    assert frame["delivery_time"].dt.epoch("ms").to_list() == [1700000000000, None]
-    assert frame.drop("launch_time", "delivery_time").rows() == [
-        ("linear", "AAVEUSDT", "Closed", *[None] * 8),
-        ("linear", "BTCUSDT", "Trading", "LinearPerpetual", "BTC", "USDT", "USDT", 480, 0.1, 0.001, 5000.5),
-    ]
-
-
-def points_reply(*rows: dict[str, str]) -> Reply:
-    return ok({"category": "linear", "symbol": "BTCUSDT", "list": list(rows)})
-
-
-def interest(hour: int, value: str = "5.5") -> dict[str, str]:
-    return {"openInterest": value, "singleOpenInterest": "2", "timestamp": str(START + hour * HOUR_MS)}
-
-
-INTEREST = Series("linear", "BTCUSDT", "1h", "open_interest")
-
-
-def test_points_are_paged_backward_by_their_end_until_nothing_comes(
-    scripted: Callable[..., Scripted],
-) -> None:
-    server = scripted(
-        points_reply(interest(5), interest(4), interest(4)), points_reply(interest(1)), points_reply()
-    )
-    frame = patient(server.base_url)[0].points(INTEREST, START, START + 6 * HOUR_MS)
-    assert frame["ts"].dt.epoch("ms").to_list() == [START + hour * HOUR_MS for hour in (1, 4, 5)]
-    assert frame.columns == ["category", "symbol", "interval", "ts", "open_interest"]
-    assert frame.row(0)[:3] == ("linear", "BTCUSDT", "1h")
-    assert server.asked == 3
-    assert [path.partition("?")[2] for path in server.paths] == [
-        f"category=linear&endTime={START + end * HOUR_MS - 1}&intervalTime=1h&limit=200"
-        f"&startTime={START}&symbol=BTCUSDT"
-        for end in (6, 4, 1)
-    ]
-
-
-def test_a_full_window_of_points_takes_one_request(scripted: Callable[..., Scripted]) -> None:
-    server = scripted(points_reply(interest(1), interest(0)))
-    assert patient(server.base_url)[0].points(INTEREST, START, START + 2 * HOUR_MS).height == 2
-    assert server.asked == 1
-
-
-@pytest.mark.parametrize(
-    ("rows", "why"),
-    [
-        ([interest(9)], "outside the range"),
-        ([interest(0), interest(0, "6")], "two things about one instant"),
-        ([interest(0, "-1")], "an impossible open_interest"),
-        ([interest(0, "")], "a value is empty"),
-        ([{"openInterest": "1", "timestamp": str(START + 1)}], "is not on its grid"),
-        ([{"timestamp": str(START)}], "cannot be read"),
-        ([{"openInterest": "1", "timestamp": "soon"}], "cannot be read"),
-    ],
-    ids=["outside", "two values", "negative", "empty", "off the grid", "no value", "no time"],
-)
-def test_points_that_cannot_be_are_refused(
-    scripted: Callable[..., Scripted], rows: list[dict[str, str]], why: str
-) -> None:
-    connector, _ = patient(scripted(points_reply(*rows)).base_url, attempts=1)
-    with pytest.raises(VenueError, match=why):
-        connector.points(INTEREST, START, START + 2 * HOUR_MS)
-
-
-def test_the_long_short_ratio_has_two_fractions(scripted: Callable[..., Scripted]) -> None:
-    rows = {"symbol": "BTCUSDT", "buyRatio": "0.52", "sellRatio": "0.48", "timestamp": str(START)}
-    server = scripted(points_reply(rows))
-    series = Series("linear", "BTCUSDT", "4h", "long_short")
-    frame = patient(server.base_url)[0].points(series, START, START + 4 * HOUR_MS)
-    assert frame.select("buy_ratio", "sell_ratio").rows() == [(0.52, 0.48)]
-    assert "period=4h" in server.paths[0] and "limit=500" in server.paths[0]
-
-
-def test_maintenance_windows_without_both_times_are_left_out(scripted: Callable[..., Scripted]) -> None:
-    listed = [{"begin": "1000", "end": "2000"}, {"begin": 3000, "end": 4000}, {"begin": "5"}, {"end": "x"}]
-    assert patient(scripted(ok({"list": listed})).base_url)[0].maintenance() == [(1000, 2000), (3000, 4000)]
-
-
-def test_the_drift_is_the_venue_s_clock_less_ours(scripted: Callable[..., Scripted]) -> None:
-    ahead_ms = int(time.time() * 1000) + 90_000
-    server_ms, drift_ms = patient(scripted(ok({}, time=ahead_ms)).base_url)[0].read_clock()
-    assert server_ms == ahead_ms
-    assert 85_000 < drift_ms <= 90_000
-
-
-def test_a_base_url_needs_a_scheme() -> None:
-    with pytest.raises(UsageError, match="'localhost:8000' is not a base URL"):
-        BybitConnector("localhost:8000")
-
-
-def test_a_minute_has_passed_only_by_the_venue_s_clock(scripted: Callable[..., Scripted]) -> None:
-    minute = Series("linear", "BTCUSDT", "1m")
-    rows = [[str(START + i * MINUTE_MS), "1", "1", "1", "1", "0", "0"] for i in (1, 0)]
-    server = scripted(
-        ok({"list": rows}, time=START + 2 * MINUTE_MS - 1), ok({"list": rows}, time=START + 2 * MINUTE_MS)
-    )
-    connector, _ = patient(server.base_url)
-    window = Window(minute, START, START + 2 * MINUTE_MS, 2)
-    assert opens(connector.candles(window)) == [START]
-    assert opens(connector.candles(window)) == [START, START + MINUTE_MS]

@@ -30,7 +30,7 @@ CODEC = TextCodec.train(
         ("30 September 2009", "<n> september <year>"),
         ("12.000,5 against 12,000.4", "<n_gt> against <n>"),
         ("It didn't, can’t and won't", "it did n't , ca n't and wo n't"),
-        ("NOT selling, HUGE gain, BTC ETF up, CEO out", "not selling , <caps> huge gain , <caps> btc etf up , ceo out"),
+        ("NOT selling, HUGE gain, BTC ETF up, SEC out", "not selling , <caps> huge gain , <caps> btc etf up , sec out"),
         ("to the moon 🚀🚀", "to the moon 🚀 🚀"),
         ("see https://t.co/HM?x=1 @elon", "see <url> <user>"),
         ("a<br /><br />b &amp; c", "a b & c"),
