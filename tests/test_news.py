@@ -152,6 +152,14 @@ def test_the_same_story_from_two_sources_is_one_story(tmp_path: Path) -> None:
     assert first == repeat != other
 
 
+def test_a_headline_that_is_the_lead_of_another_item_is_the_same_story(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    lead = "The regulator has approved a spot fund for the first time on Monday"
+    feed = _rss(_item("A fund at last", guid="a", body=lead), _item(lead, guid="b"))
+    done = put_items(store, read_feed(feed, URL, NOW), source="a", now_ms=NOW, languages=("en",))
+    assert (done["new"], done["repeats"]) == (2, 1)
+
+
 def test_other_numbers_are_another_story(tmp_path: Path) -> None:
     store = Store(tmp_path)
     feed = _rss(
