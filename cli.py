@@ -167,9 +167,10 @@ def _unexpected(state: State, error: Exception) -> int:
 
 def _fail(state: State, error: BaseException, code: int, message: str, hint: str) -> None:
     line, hint = " ".join(message.split()), " ".join(hint.split())
+    line += "." if hint and line[-1:] not in ".:!?…" else ""
     if state.verbose > 1:
         traceback.print_exception(error, file=sys.stderr)
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):  # whoever reads may be gone, or the disk full
         print(f"recur: {line} {hint}".rstrip(), file=sys.stderr)
         if state.json:
             body = {"code": code, "message": line, "hint": hint, "type": type(error).__name__}
@@ -211,6 +212,8 @@ def _globals(
     state = ctx.obj if isinstance(ctx.obj, State) else State()
     ctx.obj = state
     state.home = home or Path(os.environ.get("RECUR_HOME") or DEFAULT_HOME)
+    if state.home.exists() and not state.home.is_dir():
+        raise UsageError(f"The workspace {state.home} is not a folder.", "Give another --home.")
     state.home_given = home is not None
     local = Path("recur.toml")
     state.files = list(config) if config else [local] if local.exists() else []
@@ -267,12 +270,13 @@ RequireEdge = Annotated[bool, typer.Option("--require-edge", help="Exit 5 when t
 
 
 def _words(values: Sequence[str] | None) -> list[str] | None:
-    """``["a,b", "c"]`` as ``["a", "b", "c"]``; None stays None."""
-    return (
-        None
-        if not values
-        else [word.strip() for value in values for word in value.split(",") if word.strip()]
-    )
+    """``["a,b", "c"]`` as ``["a", "b", "c"]``; None stays None. UsageError when nothing but commas was given."""
+    if not values:
+        return None
+    words = [word.strip() for value in values for word in value.split(",") if word.strip()]
+    if not words:
+        raise UsageError("--symbols names nothing.", "Give some, as in '-s BTCUSDT,ETHUSDT'.")
+    return words
 
 
 def _time(text: str | None) -> int | None:
@@ -339,9 +343,9 @@ def fetch(
         raise UsageError("--for says how long to follow, and --follow was not given.")
     if since is not None and days is not None:
         raise UsageError("Both --since and --days were given.", "Give one of them.")
-    words = _words(symbols) or []
+    words = _words(symbols)
     config = state.config(
-        market__symbols=[word for word in words if not is_pattern(word)] or None, market__interval=interval, market__category=category, fetch__days=days,
+        market__symbols=[word for word in words or () if not is_pattern(word)] or None, market__interval=interval, market__category=category, fetch__days=days,
         fetch__kinds=kinds, fetch__base_url=base_url, fetch__workers=workers,
     )  # fmt: skip
     sources = source or ["bybit"]
@@ -355,7 +359,7 @@ def fetch(
     results = []
     for name in sources:
         if name in ("bybit", "sandbox"):
-            asked = _asked_of_venue(state, config, name, words, span, days, dry_run, wait_ban)
+            asked = _asked_of_venue(state, config, name, words or (), span, days, dry_run, wait_ban)
             done = _follow_venue(state, *asked, for_) if follow else _fetch_venue(state, *asked, config)
         elif "://" in name and not dry_run:
             from recur.pipeline.news import fetch_feeds
@@ -380,6 +384,8 @@ def fetch(
             terminal.pairs("Plan" if dry_run else "Followed" if follow else "Fetched", result)
             if reasons := result.get("reasons"):
                 terminal.table("Missing bars", ["reason", "bars"], reasons.items())
+            if texts := result.get("texts"):
+                terminal.table("Texts", list(texts[0]), (list(row.values()) for row in texts))
 
     state.result(results[0] if len(results) == 1 else {"sources": results}, people)
 

@@ -83,6 +83,12 @@ class VenueRefused(VenueError):
         self.ret_code = ret_code
 
 
+class UnknownSymbol(VenueRefused):
+    """A symbol was asked for that the venue does not have: wrong usage, whoever noticed it."""
+
+    exit_code = UsageError.exit_code
+
+
 MINUTE_MS = 60_000
 HOUR_MS = 60 * MINUTE_MS
 DAY_MS = 24 * HOUR_MS

@@ -31,8 +31,8 @@ from recur.connectors.windows import PAGE_ROWS, Bars, Window, check
 from recur.vocabulary import (
     INTERVALS,
     Series,
+    UnknownSymbol,
     VenueError,
-    VenueRefused,
     did_you_mean,
     floor_open,
     iso,
@@ -242,7 +242,7 @@ class BybitConnector(VenueSession):
     def describe_symbols(self, category: str, symbols: Iterable[str]) -> dict[str, dict[str, Any]]:
         """The venue's description of each of ``symbols``, delisted ones included.
 
-        VenueRefused naming the first that ``category`` does not have.
+        UnknownSymbol naming the first that ``category`` does not have.
         """
         wanted = set(symbols)
         known: dict[str, dict[str, Any]] = {}
@@ -251,7 +251,7 @@ class BybitConnector(VenueSession):
             if wanted <= known.keys():
                 break
         for symbol in sorted(wanted - known.keys()):
-            raise VenueRefused(
+            raise UnknownSymbol(
                 f"The venue has no symbol '{symbol}' in category '{category}'.{did_you_mean(symbol, known)}",
                 f"It knows {len(known)} {category} symbols, such as {', '.join(sorted(known)[:3]) or 'none'}.",
                 10001,
@@ -259,7 +259,7 @@ class BybitConnector(VenueSession):
         return {symbol: known[symbol] for symbol in wanted}
 
     def check_symbols(self, category: str, symbols: Iterable[str]) -> None:
-        """VenueRefused naming the first of ``symbols`` that ``category`` does not have, delisted ones included."""
+        """UnknownSymbol naming the first of ``symbols`` that ``category`` does not have, delisted ones included."""
         self.describe_symbols(category, symbols)
 
     def announcements_page(self, locale: str, page: int) -> list[dict[str, Any]]:

@@ -16,13 +16,14 @@ from typing import Literal
 
 import polars as pl
 
-from recur.vocabulary import CATEGORIES, DAY_MS, INTERVALS, UsageError, check_category
+from recur.vocabulary import CATEGORIES, DAY_MS, INTERVALS, UsageError, check_category, iso
 
 Kind = Literal["candles", "funding", "open_interest", "long_short", "news"]
 _TIME = pl.Datetime("ms", "UTC")
 _SUFFIXES = (".parquet", ".csv", ".csv.gz", ".feather")
 _PRICES = ("open", "high", "low", "close")
 _CANDLE_KEY = ("category", "symbol", "interval", "kind", "open_time")
+_CCXT = r"^([^/:]+)/([^/:]+)(?::([^/:]+))?$"
 _SHOWN = 5
 _OLDEST_MS, _NEWEST_MS = 1_230_768_000_000, 4_102_444_800_000  # else epoch seconds or microseconds were given
 _ROW = "row_in_file"
@@ -33,10 +34,11 @@ def sniff(path: str | Path) -> Kind:
     return _kind(load(Path(path)), Path(path))
 
 
-def read_candles(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
+def read_candles(path: str | Path, *, category: str = "linear", now_ms: int | None = None) -> pl.DataFrame:
     """The candle frame in a file; ``category`` applies when the file has no such column. Sorted by its key.
 
-    Rows of a series must stand in the order of time. Raises UsageError for anything that does not fit.
+    Rows of a series must stand in the order of time, and every bar be closed at ``now_ms`` where that is given.
+    Raises UsageError for anything that does not fit.
     """
     path = Path(path)
     raw = load(path)
@@ -46,7 +48,7 @@ def read_candles(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
     frame = raw.with_row_index(_ROW, offset=1).select(
         pl.col(_ROW).cast(pl.Int64),
         category_of(raw, category),
-        text("symbol").str.to_uppercase(),
+        symbol_of(),
         text("interval"),
         pl.lit("trade").alias("kind"),
         times(raw, time, path).alias("open_time"),
@@ -66,6 +68,7 @@ def read_candles(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
                 pl.col("interval").is_in(list(INTERVALS)) & ~_on_grid(),
                 "open time is off the grid of its interval",
             ),
+            *_ahead(_close_ms(), now_ms, "bar is not closed"),
             *((pl.col(n).is_null() | ~pl.col(n).is_finite(), f"{n} is not a finite number") for n in _PRICES),
             (~pl.col("volume").is_finite(), "volume is not finite"),
             (~pl.col("turnover").is_finite(), "turnover is not finite"),
@@ -79,10 +82,10 @@ def read_candles(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
     return frame.drop(_ROW).sort(_CANDLE_KEY)
 
 
-def read_funding(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
+def read_funding(path: str | Path, *, category: str = "linear", now_ms: int | None = None) -> pl.DataFrame:
     """The funding frame in a file (rates are fractions per payment), sorted by category, symbol and time.
 
-    Raises UsageError for anything that does not fit.
+    No payment may lie after ``now_ms`` where that is given. Raises UsageError for anything that does not fit.
     """
     path = Path(path)
     raw = load(path)
@@ -92,7 +95,7 @@ def read_funding(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
     frame = raw.with_row_index(_ROW, offset=1).select(
         pl.col(_ROW).cast(pl.Int64),
         category_of(raw, category),
-        text("symbol").str.to_uppercase(),
+        symbol_of(),
         times(raw, time, path).alias("funding_time"),
         number(rate).alias("rate"),
     )
@@ -101,6 +104,7 @@ def read_funding(path: str | Path, *, category: str = "linear") -> pl.DataFrame:
         frame,
         [
             *key_faults("funding_time", ("category", "symbol")),
+            *_ahead(pl.col("funding_time").dt.epoch("ms"), now_ms, "payment is still to come"),
             (pl.col("rate").is_null() | ~pl.col("rate").is_finite(), "rate is not a finite number"),
         ],
     )
@@ -128,7 +132,7 @@ def load(path: Path) -> pl.DataFrame:
     except (pl.exceptions.PolarsError, OSError, ValueError, EOFError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"Cannot read {path}: {said}", "Is it complete, and of the format its name tells?"
+            f"Cannot read {path}: {said.rstrip('.')}.", "Is it complete, and of the format its name tells?"
         ) from error
     if frame.is_empty():
         raise UsageError(f"{path} has no rows.")
@@ -137,13 +141,13 @@ def load(path: Path) -> pl.DataFrame:
 
 def _kind(frame: pl.DataFrame, path: Path) -> Kind:
     columns = set(frame.columns)
-    if {"open", "high", "low", "close"} <= columns:
+    if len(columns & set(_PRICES)) > 1:  # one that is missing is named later
         return "candles"
     if columns & {"funding_rate", "rate"}:
         return "funding"
     if "open_interest" in columns:
         return "open_interest"
-    if {"buy_ratio", "sell_ratio"} <= columns:
+    if columns & {"buy_ratio", "sell_ratio"}:
         return "long_short"
     if columns & {"title", "text"} and "published_at" in columns:
         return "news"
@@ -168,10 +172,30 @@ def text(name: str) -> pl.Expr:
     return pl.col(name).cast(pl.String).str.strip_chars()
 
 
+def symbol_of() -> pl.Expr:
+    """The symbol as the venue writes it; the ccxt spellings BTC/USDT and BTC/USDT:USDT become BTCUSDT."""
+    return text("symbol").str.to_uppercase().str.replace(_CCXT, "${1}${2}")
+
+
 def category_of(raw: pl.DataFrame, category: str) -> pl.Expr:
+    """The category of each row: the file's own, else that of a ccxt spelling, else ``category``.
+
+    Null where the file's own and the spelling contradict each other.
+    """
+    spelled = text("symbol").str.to_uppercase().str.extract_groups(_CCXT).struct
+    quote, settle = spelled.field("2"), spelled.field("3")
+    ccxt = (
+        pl.when(settle == quote)
+        .then(pl.lit("linear"))
+        .when(settle.is_not_null())
+        .then(pl.lit("inverse"))
+        .when(quote.is_not_null())
+        .then(pl.lit("spot"))
+    )
     if "category" in raw.columns:
-        return text("category")
-    return pl.lit(check_category(category)).alias("category")
+        own = text("category")
+        return pl.when(ccxt.is_null() | (ccxt == own)).then(own).alias("category")
+    return pl.coalesce(ccxt, pl.lit(check_category(category))).alias("category")
 
 
 def number(name: str) -> pl.Expr:
@@ -213,6 +237,20 @@ def times(raw: pl.DataFrame, name: str, path: Path) -> pl.Expr:
     )
 
 
+def _close_ms() -> pl.Expr:
+    opened = pl.col("open_time")
+    step = pl.col("interval").replace_strict(INTERVALS, default=0, return_dtype=pl.Int64)
+    month = opened.dt.offset_by("1mo").dt.epoch("ms")
+    return pl.when(pl.col("interval") == "1M").then(month).otherwise(opened.dt.epoch("ms") + step)
+
+
+def _ahead(at_ms: pl.Expr, now_ms: int | None, why: str) -> list[tuple[pl.Expr, str]]:
+    """The fault of lying after now, if there is a now."""
+    return (
+        [] if now_ms is None else [(at_ms > now_ms, f"{why} at {iso(now_ms)}, now by this machine's clock")]
+    )
+
+
 def _on_grid() -> pl.Expr:
     """Whether an open time is one of its interval's: multiples of its length, Mondays, firsts of a month."""
     midnight = pl.col("open_time").dt.epoch("ms") % DAY_MS == 0
@@ -231,8 +269,10 @@ def key_faults(time: str, series: Sequence[str]) -> list[tuple[pl.Expr, str]]:
     before = pl.col(time).shift(1).over(series)
     known = pl.col(time).is_not_null()
     return [
-        (~pl.col("category").is_in(list(CATEGORIES)) | pl.col("category").is_null(), "unknown category"),
+        (~pl.col("category").is_in(list(CATEGORIES)), "unknown category"),
         (pl.col("symbol").is_null() | (pl.col("symbol") == ""), "symbol is missing"),
+        (pl.col("category").is_null(), "category is missing or contradicts the symbol"),
+        (~pl.col("symbol").str.contains(r"^[\p{L}\p{N}-]+$"), "symbol is not a name such as BTCUSDT"),
         (~known, "time is missing or cannot be read"),
         (~pl.col(time).to_physical().is_between(_OLDEST_MS, _NEWEST_MS), "time is not of 2009 to 2100"),
         (known & ~pl.struct(*series, time).is_first_distinct(), "duplicate time in its series"),

@@ -9,7 +9,7 @@ from typing import Literal
 
 import polars as pl
 
-from recur.connectors.files import category_of, key_faults, load, need, number, refuse, text, times
+from recur.connectors.files import category_of, key_faults, load, need, number, refuse, symbol_of, text, times
 
 PointKind = Literal["open_interest", "long_short"]
 COLUMNS: dict[PointKind, tuple[str, ...]] = {
@@ -28,7 +28,7 @@ def read_points(path: str | Path, kind: PointKind, *, category: str = "linear") 
     frame = raw.with_row_index(_ROW, offset=1).select(
         pl.col(_ROW).cast(pl.Int64),
         category_of(raw, category),
-        text("symbol").str.to_uppercase(),
+        symbol_of(),
         text("interval"),
         times(raw, time, path).alias("ts"),
         *(number(name) for name in names),

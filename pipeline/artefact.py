@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from recur.models.forecaster import Forecaster, ForecasterSpec
@@ -53,18 +54,26 @@ def load_artefact(folder: RunFolder, *, trust: bool = False) -> Artefact:
 
     UsageError for a run of a user's own model without ``trust``, and when its file is not the one trained.
     """
-    transform = FeatureTransform.from_dict(folder.read_json("features.json"))
-    model = folder.read_json("model.json")
-    spec = ForecasterSpec(**{**model["spec"], "horizons": tuple(model["spec"]["horizons"])})
+    features, model = folder.read_json("features.json"), folder.read_json("model.json")
+    try:
+        transform = FeatureTransform.from_dict(features)
+        spec = ForecasterSpec(**{**model["spec"], "horizons": tuple(model["spec"]["horizons"])})
+        symbols = {str(name): int(row) for name, row in model["symbols"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataMissing(
+            f"features.json or model.json of run {folder.run_id} does not describe a model"
+            f" ({type(error).__name__}: {error}).",
+            "Train again with 'recur train price'.",
+        ) from error
     net = Forecaster(spec, stored_core(folder, spec, trust) if spec.sha256 else None)
     try:
         net.load_state_dict(load_file(folder.weights))
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise DataMissing(
-            f"The weights of run {folder.run_id} cannot be loaded: {str(error).splitlines()[0]}",
+            f"The weights of run {folder.run_id} cannot be loaded: {str(error).splitlines()[0].rstrip('.')}.",
             "Train again with 'recur train price'.",
         ) from error
-    return Artefact(net.eval(), transform, dict(model["symbols"]))
+    return Artefact(net.eval(), transform, symbols)
 
 
 def stored_core(folder: RunFolder, spec: ForecasterSpec, trust: bool) -> Core:

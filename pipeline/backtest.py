@@ -26,7 +26,7 @@ from recur.pipeline import artefact as art
 from recur.pipeline import metrics as score
 from recur.pipeline import trading
 from recur.pipeline.baselines import BASELINES, BaselineForecast
-from recur.pipeline.config import Config
+from recur.pipeline.config import Config, MarketConfig
 from recur.pipeline.dataset import RawSeries, Split, arrays, make_split
 from recur.pipeline.fit import choose_device
 from recur.pipeline.inference import Forecast, forecast
@@ -41,10 +41,10 @@ from recur.pipeline.load import (
 )
 from recur.pipeline.report import write_report
 from recur.pipeline.rows import forecast_rows
-from recur.pipeline.settings import dump_toml
+from recur.pipeline.settings import dump_toml, load_config
 from recur.pipeline.train import fit_fold, gap_ms
 from recur.pipeline.verdict import judge
-from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id
+from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id, open_run
 from recur.vocabulary import DataMissing, UsageError, bars_per_year, ceil_open, floor_open, iso, parse_time
 
 Floats = NDArray[np.float64]
@@ -92,7 +92,8 @@ def run_backtest(
 ) -> dict[str, Any]:
     """Backtest the configured model, write a run folder, and return its metrics (contract of ``metrics.json``).
 
-    ``run``: judge this trained run instead of training; the test span must then lie after all that it saw.
+    ``run``: judge this trained run, on its own market unless one is configured, instead of training; the test span
+    must then lie after all that it saw.
     ``placebo``: seed with which the times of the news are shuffled within each month.
     ``trust``: let a run of a user's own model run its code.
     Raises DataMissing when the store lacks data or, unless ``allow_gaps``, has unexplained holes, UsageError when
@@ -100,6 +101,8 @@ def run_backtest(
     """
     started = time.monotonic()
     choose_device(config.train.device)
+    if run:
+        config = _of_run(home, config, run)
     store = open_store(home, config)
     since = parse_time(config.train.since) if config.train.since else None
     news = stored_news(store, config, placebo)
@@ -144,7 +147,8 @@ def run_backtest(
             made, data = trained, arrays(own, trained.transform)
             summaries.append({"reused": run})
         else:
-            made, data, summary = fit_fold(series, split, config, part, progress=progress)
+            with folder.unless_data_missing():
+                made, data, summary = fit_fold(series, split, config, part, progress=progress)
             summaries.append(summary)
         forecasts = forecast(
             made.net,
@@ -163,10 +167,11 @@ def run_backtest(
         long_rows.append(forecast_rows(forecasts, horizons, config.market.interval, label, folder.run_id))
     bare = [h for h, r in zip(horizons, rows, strict=True) if not any(len(y) for y in r.y)]
     if bare:
-        raise DataMissing(
-            f"No bar of the test span has both a forecast and a known outcome {bare[0]} bars later.",
-            "Fetch more history, or choose an earlier --test-since.",
-        )
+        with folder.unless_data_missing():
+            raise DataMissing(
+                f"No bar of the test span has both a forecast and a known outcome {bare[0]} bars later.",
+                "Fetch more history, or choose an earlier --test-since.",
+            )
     predictions = pl.concat(long_rows)
     predictions.write_parquet(folder.predictions, compression="zstd")
     metrics: dict[str, Any] = {
@@ -263,9 +268,15 @@ def _splits(config: Config, own: Sequence[RawSeries]) -> list[Split]:
         raise DataMissing(
             f"Nothing is left to train on: the data begin at {iso(first)}, the training span of the first fold would"
             f" end at {iso(splits[0].train_until_ms)}.",
-            "Fetch a longer history, shorten --test-days or train.val_days.",
+            "Fetch a longer history, lower backtest.test_days or train.val_days.",
         )
     return splits
+
+
+def _of_run(home: Path, config: Config, run: str) -> Config:
+    """``config`` with the market of the trained ``run`` where none was configured."""
+    theirs, _ = load_config([open_run(home, run).config], [], {})
+    return replace(config, market=theirs.market) if config.market == MarketConfig() else config
 
 
 def _trained_before(
@@ -280,7 +291,11 @@ def _trained_before(
             "Choose --test-since after that, or drop --run so that each fold trains anew.",
         )
     if made.transform.horizons != config.train.horizons or made.transform.interval != config.market.interval:
-        raise UsageError(f"Run {run} forecasts {made.transform.interval} horizons {made.transform.horizons}.")
+        raise UsageError(
+            f"Run {run} forecasts {made.transform.interval} bars {made.transform.horizons} ahead, not"
+            f" {config.market.interval} bars {config.train.horizons} ahead as configured.",
+            f"Use its configuration: --config {folder.config}.",
+        )
     return made
 
 

@@ -38,7 +38,7 @@ class ConfigProblems(UsageError):
 
     def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
         self.problems = list(problems)
-        text = "; ".join(f"{key} {what}" for key, what in self.problems)
+        text = "; ".join(f"{key} {what}".replace(" : ", ": ", 1) for key, what in self.problems)
         super().__init__(f"Configuration: {text}.", "Commented defaults: recur init.")
 
 
@@ -123,8 +123,8 @@ def _verify(section: Any, name: str, rules: Mapping[str, _Rule]) -> None:
         for item in value if isinstance(value, tuple) else (value,):
             if rule and not rule.holds(item):
                 shown = "" if "url" in key else f"= {item!r}"  # an address may carry a password
-                hint_text = did_you_mean(str(item), rule.known).rstrip()
-                problems.append((f"{name}.{key}", f"{shown}: {rule.text}{hint_text}".lstrip()))
+                guess = did_you_mean(str(item), rule.known).rstrip()
+                problems.append((f"{name}.{key}", f"{shown}: {rule.text}{'.' if guess else ''}{guess}"))
     if problems:
         raise ConfigProblems(problems)
 
@@ -185,7 +185,7 @@ class FetchConfig:
     """What is brought into the store, and how."""
 
     kinds: tuple[str, ...] = ("candles", "funding")
-    """Any of candles, mark, index, premium, funding, open_interest, long_short, instruments."""
+    """Any of candles, mark, index, premium, funding, open_interest, long_short, instruments, announcements, news. For spot: candles."""
 
     days: int = 730
     """Days of history brought when a series is new, 1 to 10000; later runs continue from what is stored."""

@@ -262,7 +262,7 @@ def difference(curves: Mapping[str, tuple[Floats, Floats]]) -> str:
             _time_axis(axes)
         figure.supylabel("log-return units, falling: the model gains", color=SOFT, fontsize=9)
 
-    return _render(7.4, 0.6 + 1.6 * len(curves), "Cumulative pinball difference to EWMA", draw)
+    return _render(7.4, 0.6 + 1.6 * len(curves), "Cumulative CRPS difference to EWMA", draw)
 
 
 def equity(times: Floats, curves: Mapping[str, Floats]) -> str:

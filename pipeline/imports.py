@@ -42,12 +42,12 @@ def import_file(
         )
         return {"kind": "news", **done, "seconds": round(time.monotonic() - started, 3)}
     if kind == "funding":
-        frame = read_funding(path, category=category)
+        frame = read_funding(path, category=category, now_ms=now_ms)
         result = store.put_funding(frame, source=source, now_ms=now_ms)
         keys = frame.select("category", "symbol").unique(maintain_order=True).iter_rows()
         names = [series_name(Series(c, s, "", "funding")) for c, s in keys]
     elif kind == "candles":
-        frame = read_candles(path, category=category)
+        frame = read_candles(path, category=category, now_ms=now_ms)
         result = store.put_candles(frame, source=source, now_ms=now_ms)
         candles = frame.select("category", "symbol", "interval", "kind").unique(maintain_order=True)
         names = [str(Series(*key)) for key in candles.iter_rows()]

@@ -158,7 +158,7 @@ def series_name(series: Series) -> str:
 def plan_fetch(store: Store, connector: BybitConnector, request: FetchRequest) -> FetchPlan:
     """Ask the venue for its clock, its symbols and first bars, the store for its record, and plan the rest.
 
-    Writes nothing. UsageError for a request that makes no sense, VenueRefused for an unknown symbol.
+    Writes nothing. UsageError for a request that makes no sense, UnknownSymbol for one that the venue lacks.
     """
     kinds = _checked_kinds(request)
     server_ms, drift_ms = connector.read_clock()
@@ -205,7 +205,9 @@ def _checked_kinds(request: FetchRequest) -> list[str]:
                 f"{did_you_mean(kind, FETCH_KINDS)}"
             )
         if kind in _KINDS_WITHOUT.get(request.category, ()):
-            raise UsageError(f"The venue has no {kind} data for category '{request.category}'.")
+            raise UsageError(
+                f"The venue has no {kind} data for category '{request.category}'.", "Leave it out of --kinds."
+            )
     kinds = list(dict.fromkeys("trade" if kind == "candles" else kind for kind in request.kinds))
     if not request.symbols and kinds != ["instruments"]:
         raise UsageError("No symbol to fetch.", "Name some, as in '-s BTCUSDT -s ETHUSDT'.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,11 @@ from recur.storage.runs import latest_run
 from recur.storage.store import Store
 from recur.vocabulary import INTERVALS, DataMissing, UsageError, from_ms, iso, next_open
 
+_GRACE_MS = 120_000
+"""How long after its close a bar may be missing before a warning is due."""
+
+_log = logging.getLogger(__name__)
+
 
 def predict(
     home: Path, config: Config, *, run: str | None, as_of_ms: int | None, trust: bool = False
@@ -30,6 +37,9 @@ def predict(
     Only bars closed at ``as_of_ms`` (now) are used, as the store knew them then (see ``stored_series``). A series
     whose cutoff is in the ledger already is forecast again for the reader, but appended nothing. ``trust`` lets a
     run of a user's own model run its code. Raises DataMissing without a trained run or without bars.
+
+    A market that ended long before the newest of the others is left out, so that it does not cost them their
+    forecasts. A warning says so, and likewise that a forecast starts from a bar which is no longer the last one.
     """
     now_ms = int(time.time() * 1000)
     run = run or latest_run(home, "train")
@@ -51,9 +61,18 @@ def predict(
     as_of = now_ms if as_of_ms is None else as_of_ms
     # BTC's state is an input of every other series.
     lead = ("BTCUSDT",) if "BTCUSDT" in theirs.market.symbols and "BTCUSDT" not in symbols else ()
-    wanted = replace(config, market=replace(config.market, symbols=(*symbols, *lead)))
     needed = (made.transform.lookback + config.train.window + 8) * (INTERVALS[interval] or 31 * 86_400_000)
-    since = _last_close(store, config, as_of) - needed
+    closes = _last_closes(store, config, (*symbols, *lead), as_of)
+    since = max(closes.values()) - needed
+    ended = [s for s, close in closes.items() if close <= since]
+    wanted = replace(
+        config, market=replace(config.market, symbols=tuple(s for s in (*symbols, *lead) if s not in ended))
+    )
+    for symbol in ended:
+        _log.warning(
+            "%s is left out: its last stored bar closed at %s. 'recur fetch -s %s' brings newer ones, if there are any.",
+            symbol, iso(closes[symbol]), symbol,
+        )  # fmt: skip
     series = stored_series(store, wanted, since, as_of, as_of_ms, stored_news(store, wanted))
     series = [replace(s, frame=s.frame.filter(pl.col("close_time") <= from_ms(as_of))) for s in series]
     out: list[Forecast] = []
@@ -62,11 +81,20 @@ def predict(
             continue
         usable = cutoffs(data, 0, as_of + 1)
         if not len(usable):
-            raise DataMissing(
-                f"{data.unique_id} has no usable closed bar at {iso(as_of)}.", "Run 'recur fetch' first."
-            )
+            _log.warning("%s is left out: it has too few bars to forecast from.", data.symbol)
+            continue
         last = int(data.close_ms[usable[-1]])
+        if next_open(last, interval) + _GRACE_MS < as_of:
+            _log.warning(
+                "%s is forecast from %s, the close of its last stored bar: later ones are missing. Run 'recur fetch'.",
+                data.symbol, iso(last),
+            )  # fmt: skip
         out += forecast(made.net, [data], made.symbols, last, last + 1, config.train.window)
+    if not out:
+        raise DataMissing(
+            f"None of {', '.join(symbols)} has a usable closed bar at {iso(as_of)}.",
+            "Run 'recur fetch' first.",
+        )
     rows = forecast_rows(out, made.transform.horizons, interval, model_label(config.model.name), run).drop(
         "actual"
     )
@@ -83,20 +111,21 @@ def predict(
     return {"run_id": run, "forecasts": json_rows(rows), "appended": appended}
 
 
-def _last_close(store: Store, config: Config, as_of: int) -> int:
+def _last_closes(store: Store, config: Config, symbols: Sequence[str], as_of: int) -> dict[str, int]:
+    """When the last bar of each of ``symbols`` that opened before ``as_of`` closed; DataMissing when none has one."""
     market = config.market
     with store.read() as con:
-        ((newest,),) = con.execute(
-            """SELECT epoch_ms(max(open_time)) FROM candles
-            WHERE category = ? AND interval = ? AND kind = 'trade' AND epoch_ms(open_time) < ?""",
-            [market.category, market.interval, as_of],
+        found = con.execute(
+            """SELECT symbol, epoch_ms(max(open_time)) FROM candles WHERE category = ? AND interval = ?
+            AND kind = 'trade' AND epoch_ms(open_time) < ? AND list_contains(?, symbol) GROUP BY symbol""",
+            [market.category, market.interval, as_of, list(symbols)],
         ).fetchall()
-    if newest is None:
+    if not found:
         raise DataMissing(
-            f"The store holds no {market.category} {market.interval} bar before {iso(as_of)}.",
-            "Run 'recur fetch' first.",
+            f"The store holds no {market.category} {market.interval} bar of {', '.join(symbols)} before {iso(as_of)}.",
+            f"Run 'recur fetch -s {','.join(symbols)} -i {market.interval}' first.",
         )
-    return next_open(int(newest), market.interval)
+    return {str(symbol): next_open(int(newest), market.interval) for symbol, newest in found}
 
 
 def _known_at(store: Store, config: Config, since: int, as_of: int) -> dict[str, Any]:

@@ -273,7 +273,7 @@ def _over_time(folder: RunFolder, metrics: Json) -> str:
         return pieces.absent("The loss difference to ewma was recorded without a number in it.")
     return pieces.figure(
         figures.difference(curves),
-        "Pinball loss of the model minus that of ewma, summed up over the test time. A steady fall is skill that "
+        "CRPS of the model minus that of ewma, summed up over the test time. A steady fall is skill that "
         "lasts; a single drop is luck or one event; a rise is time in which ewma was better.",
     )
 

@@ -75,6 +75,8 @@ def load_config(
         values[key] = _from_text(_HINTS[key], str(value)) if is_text else value
         origins[key] = origin
     _adopt_category(values, origins)
+    if values.get("market.category") == "spot" and "fetch.kinds" not in values:
+        values["fetch.kinds"], origins["fetch.kinds"] = ("candles",), "default for spot"
 
     sections: dict[str, Any] = {}
     for name, cls in SECTIONS.items():

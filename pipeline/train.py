@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,8 @@ def train_price(
         folder = RunFolder(home, new_run_id("train", model_label(config.model.name), int(time.time() * 1000)))
         folder.write_text("config.toml", dump_toml(config))
         folder.write_json("manifest.json", _manifest(config, folder, own, series, split, RUNNING, 0.0))
-    made, _, summary = fit_fold(series, split, config, folder, progress=progress)
+    with nullcontext() if resume else folder.unless_data_missing():
+        made, _, summary = fit_fold(series, split, config, folder, progress=progress)
     metrics: dict[str, Any] = {
         "run_id": folder.run_id,
         "model": model_label(config.model.name),

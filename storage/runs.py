@@ -10,6 +10,9 @@ import json
 import os
 import re
 import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +122,15 @@ class RunFolder:
     def read_manifest(self) -> dict[str, Any]:
         """The manifest; DataMissing when the run never got one or it is broken."""
         return self.read_json("manifest.json")
+
+    @contextmanager
+    def unless_data_missing(self) -> Iterator[None]:
+        """Remove the folder when the work inside raises DataMissing: there is nothing in it to resume or to read."""
+        try:
+            yield
+        except DataMissing:
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
 
     def status(self) -> str:
         """``"complete"``, ``"running"`` (at work, or cut short) or ``"broken"`` (no readable manifest)."""

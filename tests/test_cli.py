@@ -105,6 +105,8 @@ def test_with_json_an_error_is_one_document(tmp_path: Path) -> None:
         (["fetch", "--since", "2025-01-01", "--days", "3"], 2, "Both --since and --days"),
         (["fetch", "--source", "bybt"], 2, "Did you mean 'bybit'?"),
         (["fetch", "-s", "BTC USDT"], 2, "is not a symbol"),
+        (["fetch", "-s", ","], 2, "--symbols names nothing"),
+        (["fetch", "--kinds", "candle"], 2, "announcements news. Did you mean 'candles'? (flag)"),
         (["train", "prise"], 2, "Did you mean 'price'?"),
         (["ledger"], 2, "Missing command"),
         (["ledger", "show"], 3, "no store"),
@@ -123,6 +125,35 @@ def test_an_error_has_its_exit_code_one_line_and_one_document(
     assert err.startswith("recur: ") and err.count("\n") == 1
 
 
+def test_a_file_where_the_workspace_should_be_is_refused_by_every_command(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "file").write_text("")
+    for words in (["status"], ["train"], ["ledger", "show"]):
+        assert cli.run(["--home", "file", *words]) == 2
+        assert capsys.readouterr().err == "recur: The workspace file is not a folder. Give another --home.\n"
+
+
+def test_a_message_of_another_program_is_told_from_the_hint_after_it(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["status", "extra"]) == 2
+    message = "recur: Got unexpected extra argument(s) (extra). See recur status --help.\n"
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_under_the_output_is_one_line_without_a_traceback(here: Path) -> None:
+    for words in (["status"], ["status", "--json"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "recur.cli", *words], cwd=here, stdout=full, stderr=subprocess.PIPE,
+                text=True, check=False, timeout=60,
+            )  # fmt: skip
+        assert done.returncode == 1
+        assert "No space left on device" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_foreseen_unforeseen_and_interrupting_exceptions_keep_to_the_form(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +168,7 @@ def test_foreseen_unforeseen_and_interrupting_exceptions_keep_to_the_form(
         75,
         "recur: Process 7 holds the store. Wait.\n",
     )
-    assert outcome(ZeroDivisionError("a\nb")) == (1, "recur: ZeroDivisionError: a b -vv shows where.\n")
+    assert outcome(ZeroDivisionError("a\nb")) == (1, "recur: ZeroDivisionError: a b. -vv shows where.\n")
     assert outcome(KeyboardInterrupt()) == (130, "recur: Interrupted.\n")
     code, err = outcome(ZeroDivisionError("x"), "-vv")
     assert code == 1

@@ -56,6 +56,9 @@ def test_ccxt_spellings_are_accepted_and_settle_the_category() -> None:
     config, provenance = load_config([], [], {"market.symbols": ["BTC/USDT", "ETH/USDT"]})
     assert (config.market.symbols, config.market.category) == (("BTCUSDT", "ETHUSDT"), "spot")
     assert provenance["market.category"] == ("spot", "flag")
+    assert provenance["fetch.kinds"] == (("candles",), "default for spot")  # it has no funding
+    asked, _ = load_config([], [], {"market.category": "spot", "fetch.kinds": "candles,funding"})
+    assert asked.fetch.kinds == ("candles", "funding")
     with pytest.raises(UsageError, match=r"'BTC/USDT': is spot, but market\.category is linear"):
         MarketConfig(symbols=("BTC/USDT",))
 

@@ -27,9 +27,9 @@ from recur.vocabulary import (
     HOUR_MS,
     DataMissing,
     Series,
+    UnknownSymbol,
     UsageError,
     VenueError,
-    VenueRefused,
     VenueUnreachable,
     parse_time,
 )
@@ -193,8 +193,9 @@ def test_a_request_without_sense_is_a_usage_error(
 def test_an_unknown_symbol_stops_the_fetch_before_anything_is_written(
     sandbox: SandboxServer, tmp_path: Path
 ) -> None:
-    with pytest.raises(VenueRefused, match=r"no symbol 'BTCUSTD'.*Did you mean 'BTCUSDT'"):
+    with pytest.raises(UnknownSymbol, match=r"no symbol 'BTCUSTD'.*Did you mean 'BTCUSDT'") as caught:
         fetch(Store(tmp_path), sandbox.base_url, "ETHUSDT", "BTCUSTD")
+    assert caught.value.exit_code == 2
     with pytest.raises(DataMissing):
         table(Store(tmp_path))
 

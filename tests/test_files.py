@@ -75,6 +75,57 @@ def test_turnover_category_and_extra_columns_are_taken_or_ignored(tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("spelling", "category", "symbol"),
+    [
+        ("BTC/USDT", "spot", "BTCUSDT"),
+        ("btc/usdt:usdt", "linear", "BTCUSDT"),
+        ("BTC/USD:BTC", "inverse", "BTCUSD"),
+        ("BTC-26JUN26", "linear", "BTC-26JUN26"),
+        ("币安人生USDT", "linear", "币安人生USDT"),
+    ],
+)
+def test_a_symbol_may_have_its_ccxt_spelling_which_names_the_category(
+    tmp_path: Path, spelling: str, category: str, symbol: str
+) -> None:
+    frame = read_candles(csv(tmp_path, f"{spelling},1h,2025-07-01,1,1,1,1,0"))
+    assert frame.select("category", "symbol").row(0) == (category, symbol)
+
+
+def test_a_category_that_contradicts_the_spelling_of_the_symbol_is_refused(tmp_path: Path) -> None:
+    header = "symbol,interval,ts,open,high,low,close,volume,category"
+    path = csv(tmp_path, "BTC/USDT:USDT,1h,2025-07-01,1,1,1,1,0,spot", header=header)
+    with pytest.raises(UsageError, match="row 1: category is missing or contradicts the symbol"):
+        read_candles(path)
+
+
+def test_a_bar_or_payment_that_lies_ahead_is_refused(tmp_path: Path) -> None:
+    bars = csv(tmp_path, "BTCUSDT,1h,2025-07-01T00:00Z,1,1,1,1,0", "BTCUSDT,1h,2025-07-01T01:00Z,1,1,1,1,0")
+    assert read_candles(bars, now_ms=1_751_335_200_000).height == 2
+    with pytest.raises(UsageError) as caught:
+        read_candles(bars, now_ms=1_751_335_199_000)
+    assert "refused: row 2: bar is not closed at 2025-07-01T01:59:59Z" in caught.value.message
+    month = csv(tmp_path, "BTCUSDT,1M,2025-06-01,1,1,1,1,0")
+    assert read_candles(month, now_ms=1_751_328_000_000).height == 1
+    with pytest.raises(UsageError, match="row 1: bar is not closed at 2025-06-30T23:59:59Z"):
+        read_candles(month, now_ms=1_751_327_999_000)
+    rates = csv(tmp_path, "BTCUSDT,2025-07-01T00:00Z,0.1", header="symbol,ts,rate")
+    assert read_funding(rates, now_ms=1_751_328_000_000).height == 1
+    with pytest.raises(UsageError, match="row 1: payment is still to come"):
+        read_funding(rates, now_ms=1_751_327_999_000)
+
+
+@pytest.mark.parametrize("absent", ["open", "close"])
+def test_the_one_price_that_is_missing_is_named(tmp_path: Path, absent: str) -> None:
+    names = [n for n in ("open", "high", "low", "close") if n != absent]
+    path = csv(
+        tmp_path, "BTCUSDT,1h,2025-07-01,1,1,1,0", header=f"symbol,interval,ts,{','.join(names)},volume"
+    )
+    assert sniff(path) == "candles"
+    with pytest.raises(UsageError, match=f"column {absent} is missing"):
+        read_candles(path)
+
+
+@pytest.mark.parametrize(
     ("line", "reason"),
     [
         ("BTCUSDT,1h,2025-07-01T02:00:00Z,100,90,95,92,1", "high is below low"),
@@ -93,6 +144,9 @@ def test_turnover_category_and_extra_columns_are_taken_or_ignored(tmp_path: Path
         ("BTCUSDT,7h,2025-07-01T02:00:00Z,100,110,90,105,1", "unknown interval"),
         ("BTCUSDT,,2025-07-01T02:00:00Z,100,110,90,105,1", "unknown interval"),
         (",1h,2025-07-01T02:00:00Z,100,110,90,105,1", "symbol is missing"),
+        ("BTC USDT,1h,2025-07-01T02:00:00Z,100,110,90,105,1", "symbol is not a name such as BTCUSDT"),
+        ("BTC/,1h,2025-07-01T02:00:00Z,100,110,90,105,1", "symbol is not a name such as BTCUSDT"),
+        ("x';--,1h,2025-07-01T02:00:00Z,100,110,90,105,1", "symbol is not a name such as BTCUSDT"),
         ("BTCUSDT,1h,yesterday,100,110,90,105,1", "time is missing or cannot be read"),
         ("BTCUSDT,1h,2025-07-01T01:00:00Z,105,106,104,105,0", "duplicate time in its series"),
         ("BTCUSDT,1h,2025-06-30T23:00:00Z,100,110,90,105,1", "time goes backwards in its series"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,14 +20,14 @@ import torch
 from safetensors.torch import load_file
 
 from recur.pipeline.backtest import run_backtest
-from recur.pipeline.config import Config
+from recur.pipeline.config import Config, MarketConfig
 from recur.pipeline.predict import predict
 from recur.pipeline.settings import dump_toml
 from recur.pipeline.train import train_price
 from recur.storage.ledger import first_broken
 from recur.storage.runs import RunFolder, list_runs
 from recur.storage.store import Store
-from recur.vocabulary import DataMissing, UsageError, from_ms, iso, parse_time
+from recur.vocabulary import HOUR_MS, DataMissing, UsageError, from_ms, iso, parse_time
 from tests.market import candles, funding_frame
 
 START = parse_time("2025-01-01")
@@ -139,6 +140,7 @@ def test_training_on_too_short_a_history_is_refused(tmp_path: Path) -> None:
     fill(tmp_path, bars=200)
     with pytest.raises(DataMissing, match="nothing is left to train on"):
         train_price(tmp_path, small(), resume=None, progress=False)
+    assert list((tmp_path / "runs").iterdir()) == []  # else status would call it running for ever
 
 
 def test_nothing_after_the_training_span_changes_the_weights(
@@ -186,6 +188,57 @@ def test_a_forecast_as_of_an_earlier_time_uses_no_later_bar(home: Path, trained:
     as_of = parse_time("2025-04-01T12:30")
     rows = predict(home, small(), run=trained["run_id"], as_of_ms=as_of)["forecasts"]
     assert rows[0]["cutoff"] == "2025-04-01T12:00:00Z"
+
+
+def test_a_market_that_ended_does_not_cost_the_others_their_forecasts(
+    home: Path, trained: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(home / "runs", tmp_path / "runs")
+    store = Store(tmp_path)
+    store.put_candles(candles("BTCUSDT", START + 20_000 * HOUR_MS, 800), source="test", now_ms=START)
+    store.put_candles(candles("ETHUSDT", START, 300), source="test", now_ms=START)
+    at = START + 20_800 * HOUR_MS
+    rows = predict(tmp_path, small(), run=trained["run_id"], as_of_ms=at)["forecasts"]
+    assert [(r["unique_id"], r["horizon"]) for r in rows] == [
+        ("bybit:linear:BTCUSDT:1h", h) for h in (1, 6, 24)
+    ]
+    (said,) = caplog.messages
+    assert said.startswith("ETHUSDT is left out: its last stored bar closed at 2025-01-13T12:00:00Z.")
+    never = replace(small(), market=replace(small().market, symbols=("BTCUSDT", "SOLUSDT")))
+    with pytest.raises(DataMissing, match="no linear 1h candles of SOLUSDT"):
+        predict(tmp_path, never, run=trained["run_id"], as_of_ms=at)
+
+
+def test_a_forecast_from_an_old_bar_comes_with_a_warning(
+    home: Path, trained: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    end = START + 2400 * HOUR_MS
+    predict(home, small(), run=trained["run_id"], as_of_ms=end + HOUR_MS)
+    assert caplog.messages == []
+    predict(home, small(), run=trained["run_id"], as_of_ms=end + 2 * HOUR_MS)
+    assert [text.split(",")[0] for text in caplog.messages] == [
+        "BTCUSDT is forecast from 2025-04-11T00:00:00Z",
+        "ETHUSDT is forecast from 2025-04-11T00:00:00Z",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("model.safetensors", "xx", "The weights of run .* cannot be loaded"),
+        ("features.json", "{}", "does not describe a model .KeyError: 'interval'."),
+        ("model.json", '{"spec": 1, "symbols": {}}', "does not describe a model"),
+        ("model.json", "[]", "is not a JSON object"),
+    ],
+)
+def test_a_damaged_part_of_a_run_is_missing_data_and_not_a_crash(
+    home: Path, trained: dict[str, Any], tmp_path: Path, name: str, content: str, says: str
+) -> None:
+    folder = tmp_path / "runs" / trained["run_id"]
+    shutil.copytree(home / "runs" / trained["run_id"], folder)
+    (folder / name).write_text(content)
+    with pytest.raises(DataMissing, match=says):
+        predict(tmp_path, small(), run=trained["run_id"], as_of_ms=None)
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +297,9 @@ def test_a_trained_run_is_judged_on_what_came_after_it(home: Path) -> None:
     config = replace(small(), backtest=replace(small().backtest, test_since="2025-03-20", folds=1))
     metrics = run_backtest(home, config, run=run, progress=False)
     assert metrics["folds"][0]["reused"] == run
+    unsaid = replace(config, market=MarketConfig())
+    again = run_backtest(home, unsaid, run=run, progress=False)
+    assert again["series"] == ["bybit:linear:BTCUSDT:1h", "bybit:linear:ETHUSDT:1h"]
 
 
 def test_a_forecast_for_now_equals_the_backtests_row_for_that_bar(home: Path) -> None:
