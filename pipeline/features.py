@@ -136,6 +136,7 @@ def shared_columns() -> list[pl.Expr]:
         base.log().alias("log_base"),
         base.sqrt().alias("root_base"),
         (r.abs() / pl.col("lt")).alias("impact"),
+        (pl.col("open_time").dt.ordinal_day() - 1).alias("day"),
     ]
 
 
@@ -233,9 +234,8 @@ def calendar(interval: str) -> list[Feature]:
     for name, turns in (("hour", week * 7 % 1), ("week", week)):
         sine, cosine = _circle(turns)
         out += [Feature(f"{name}_sin", _by_week(sine), 1), Feature(f"{name}_cos", _by_week(cosine), 1)]
-    day = pl.col("open_time").dt.ordinal_day() - 1
     for name, values in zip(("month_sin", "month_cos"), _circle(np.arange(366) / 366), strict=True):
-        out.append(Feature(name, pl.lit(pl.Series(values)).gather(day), 1))
+        out.append(Feature(name, pl.lit(pl.Series(values)).gather(pl.col("day")), 1))
     out.append(Feature("weekend", _by_week((week >= 5 / 7).astype(np.float64)), 1))
     return out
 
