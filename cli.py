@@ -285,11 +285,20 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]])
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
-    table = Table(*columns, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row))
+    from recur.pipeline.tables import fitted
+
+    console = Console(
+        highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200,
+        color_system=None if os.environ.get("NO_COLOR") else "auto",  # else rich keeps bold and italics
+    )  # fmt: skip
+    cells = [[_cell(value) for value in row] for row in rows]
+    names, cells, gone = fitted(columns, cells, console.width)
+    table = Table(*names, title=title, title_justify="left")
+    for row in cells:
+        table.add_row(*row)
     console.print(table)
+    if gone:
+        print(f"Left out for want of width: {', '.join(gone)}. --json has them.")
 
 
 def _pairs(title: str, values: Mapping[str, Any]) -> None:
