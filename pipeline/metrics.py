@@ -99,11 +99,12 @@ def diebold_mariano(difference: Floats, horizon: int, min_lag: int = 24) -> tupl
     Leybourne & Newbold (1997), against Student's t. Losses of overlapping forecasts are correlated up to
     ``horizon − 1`` and their weights shrink there, so the lag is ``max(min_lag, 3 · horizon, 1.3 √n)`` (Lazarus,
     Lewis, Stock & Watson 2018), at most n/4, and the p value allows for its width: the 5 % critical value is Kiefer
-    & Vogelsang's (2005). (nan, nan) below 30 instants or where the difference does not vary.
+    & Vogelsang's (2005). (nan, nan) below 30 instants, below ``4 · horizon``, where the lag would not span the overlap
+    (36 instants 24 bars ahead reject 14 % of equal forecasts), or where the difference does not vary.
     """
     n = len(difference)
     lag = min(max(min_lag, 3 * horizon, int(np.ceil(1.3 * np.sqrt(n)))), n // 4)
-    if n < 30 or np.std(difference) <= 1e-12 * np.max(np.abs(difference)):
+    if n < max(30, 4 * horizon) or np.std(difference) <= 1e-12 * np.max(np.abs(difference)):
         return float("nan"), float("nan")
     d = difference - difference.mean()
     variance = d @ d / n

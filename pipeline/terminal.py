@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
+from recur.pipeline.tables import fitted
 from recur.vocabulary import iso, to_ms
 
 
@@ -47,14 +49,22 @@ def cell(value: object) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Draw a table that keeps to the width of the terminal; columns that do not fit are named below it."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
-    table = Table(*columns, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*(cell(value) for value in row))
-    console.print(table)
+    console = Console(
+        highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200,
+        color_system=None if os.environ.get("NO_COLOR") else "auto",  # else rich keeps bold and italics
+    )  # fmt: skip
+    cells = [[cell(value) for value in row] for row in rows]
+    names, cells, gone = fitted(columns, cells, console.width)
+    drawn = Table(*names, title=title, title_justify="left")
+    for row in cells:
+        drawn.add_row(*row)
+    console.print(drawn)
+    if gone:
+        print(f"Left out for want of width: {', '.join(gone)}. --json has them.")
 
 
 def pairs(title: str, values: Mapping[str, Any]) -> None:

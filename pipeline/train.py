@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from recur.pipeline.load import (
 from recur.pipeline.settings import dump_toml, load_config
 from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id
 from recur.vocabulary import INTERVALS, UsageError, did_you_mean, iso, next_open, parse_time
+
+_log = logging.getLogger(__name__)
 
 
 def build_net(
@@ -189,7 +192,23 @@ def _resumed(home: Path, config: Config, resume: str) -> tuple[RunFolder, Config
                 f"Run {wanted} was trained on other features than configured now: {', '.join(changed[:6])} differ.",
                 f"Use the configuration {folder.config}, or start a new run without --resume.",
             )
+    if unheard := _unheard(config, theirs):
+        _log.warning(
+            "run %s goes on with its own configuration: %s given now is not used", wanted, ", ".join(unheard)
+        )
     return folder, theirs
+
+
+def _unheard(config: Config, theirs: Config) -> list[str]:
+    """What was configured of the training now (it is not the default) and differs from the run's own."""
+    default, found = Config(), []
+    for name in ("market", "features", "model", "train"):
+        now, before, usual = (getattr(c, name) for c in (config, theirs, default))
+        for item in fields(usual):
+            value = getattr(now, item.name)
+            if value not in (getattr(before, item.name), getattr(usual, item.name)):
+                found.append(f"{name}.{item.name} = {value}")
+    return found
 
 
 def _same_file(folder: RunFolder, config: Config, theirs: Config) -> str:

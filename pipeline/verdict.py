@@ -55,6 +55,11 @@ def _sentences(metrics: dict[str, Any], skill: str) -> str:
         money = "Too few bars were traded to judge its direction."
     elif t["net_sharpe"] > 0 and (t.get("deflated_sharpe") or 0) > 0.95:
         money = f"Trading its direction earned a net Sharpe of {t['net_sharpe']:.2f} after costs."
+    elif t["net_sharpe"] > 0:
+        money = (
+            f"Trading its direction earned a net Sharpe of {t['net_sharpe']:.2f} after costs, which may be luck: the"
+            f" deflated Sharpe ratio is {_p(t.get('deflated_sharpe'))}, not above 0.95."
+        )
     else:
         money = (
             f"Its direction is not worth trading: net Sharpe {t['net_sharpe']:.2f} after costs,"

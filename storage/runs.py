@@ -166,10 +166,10 @@ def open_run(home: Path, run_id: str) -> RunFolder:
         )
     status = run.read_manifest().get("status")
     if status == RUNNING:
+        resume = f"resume it with `recur train --resume {run_id}` or " if run_id.startswith("train-") else ""
         raise DataMissing(
             f"Run '{run_id}' is not finished: its manifest says it is still running.",
-            f"Wait for it; if nothing is working on it, resume it with `recur train --resume {run_id}` or remove "
-            f"{run.path}.",
+            f"Wait for it; if nothing is working on it, {resume}remove {run.path}.",
         )
     if status != COMPLETE:
         raise DataMissing(

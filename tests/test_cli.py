@@ -134,6 +134,18 @@ def test_a_file_where_the_workspace_should_be_is_refused_by_every_command(
         assert capsys.readouterr().err == "recur: The workspace file is not a folder. Give another --home.\n"
 
 
+def test_no_color_leaves_no_escape_sequence_at_all(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    cli._table("Title", ["a"], [["b"]])
+    assert "\x1b[" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    cli._table("Title", ["a"], [["b"]])
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_a_message_of_another_program_is_told_from_the_hint_after_it(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

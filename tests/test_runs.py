@@ -64,6 +64,10 @@ def test_an_unfinished_run_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataMissing, match="still running") as caught:
         open_run(tmp_path, "train-gru-1")
     assert "recur train --resume train-gru-1" in caught.value.hint
+    made(tmp_path, "backtest-gru-1", "running")
+    with pytest.raises(DataMissing, match="still running") as caught:
+        open_run(tmp_path, "backtest-gru-1")
+    assert "--resume" not in caught.value.hint and "remove " in caught.value.hint
 
 
 @pytest.mark.parametrize("content", [None, b"", b'{"status": "comp', b"[1]", b"\xff\xfe", b"{}"])

@@ -122,6 +122,19 @@ def test_resuming_with_other_features_is_refused(home: Path, trained: dict[str, 
         train_price(home, other, resume=trained["run_id"], progress=False)
 
 
+def test_resuming_says_what_it_was_given_and_does_not_use(
+    home: Path, trained: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trained["run_id"]
+    assert train_price(home, small(), resume=run, progress=False) == trained
+    assert caplog.messages == []
+    more = replace(small(), train=replace(small().train, epochs=9), model=replace(small().model, hidden=12))
+    assert train_price(home, more, resume=run, progress=False) == trained
+    assert caplog.messages == [
+        f"run {run} goes on with its own configuration: model.hidden = 12, train.epochs = 9 given now is not used"
+    ]
+
+
 def test_resuming_a_run_that_is_not_there_is_refused(home: Path) -> None:
     with pytest.raises(UsageError, match="no training run"):
         train_price(home, small(), resume="train-gru-nothing", progress=False)

@@ -74,7 +74,7 @@ def test_a_missing_p_value_reads_as_not_available() -> None:
         ),
         (
             {"net_sharpe": 1.5, "turnover": 2.0, "deflated_sharpe": 0.9, "break_even_bps": 12.0},
-            "not worth trading: net Sharpe 1.50 after costs, break-even at 12.0 bp per unit traded.",
+            "a net Sharpe of 1.50 after costs, which may be luck: the deflated Sharpe ratio is 0.900, not above 0.95.",
         ),
         (
             {"net_sharpe": -3.25, "turnover": 2.0, "deflated_sharpe": 0.0, "break_even_bps": -0.44},
