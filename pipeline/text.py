@@ -22,7 +22,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -326,7 +326,17 @@ class TextCodec:
         split = [normalise(text).split() for text in texts]
         others = sorted({word for words in split for word in words if word not in self._known})
         known = self._known | dict(zip(others, self._in_pieces(others), strict=True))
-        return [[number for word in words for number in known[word]] for words in split]
+        return [list(self._numbers(words, known)) for words in split]
+
+    @staticmethod
+    def _numbers(words: Sequence[str], known: dict[str, list[int]]) -> Iterator[int]:
+        """Numbers of ``words``; the name of a ticker only where it is one token: pieces of a name mean nothing."""
+        before = ""
+        for word in words:
+            numbers = known[word]
+            if before != "<ticker>" or len(numbers) == 1:
+                yield from numbers
+            before = word
 
     def _in_pieces(self, words: Sequence[str]) -> list[list[int]]:
         found = self._tokenizer.encode_batch_fast(words, add_special_tokens=False)
