@@ -20,7 +20,7 @@ from recur.models.text.classifier import TextClassifier
 from recur.models.text.encoder import Drops
 from recur.pipeline.sentiment_language import one_cycle
 from recur.pipeline.sentiment_metrics import cross_entropy, fit_temperature
-from recur.pipeline.text import PAD
+from recur.pipeline.text import EOS, PAD
 
 FloatArray = NDArray[np.float32]
 
@@ -60,16 +60,16 @@ def batches(
 def padded(
     texts: Sequence[Sequence[int]], rows: NDArray[np.int64]
 ) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
-    """(tokens, lengths, rows) of a batch, longest text first.
+    """(tokens, lengths, rows) of a batch, longest text first, each between two end marks, as in the corpus.
 
     Its breadth is a multiple of eight: kernels are made for a shape and kept, so there had better be few shapes.
     """
     rows = rows[np.argsort([-len(texts[i]) for i in rows], kind="stable")]
-    lengths = torch.tensor([len(texts[i]) for i in rows])
+    lengths = torch.tensor([len(texts[i]) + 2 for i in rows])
     breadth = -(-int(lengths[0]) // 8) * 8
     tokens = torch.full((len(rows), breadth), PAD, dtype=torch.long)
     for k, i in enumerate(rows):
-        tokens[k, : len(texts[i])] = torch.tensor(texts[i])
+        tokens[k, : len(texts[i]) + 2] = torch.tensor([EOS, *texts[i], EOS])
     return tokens, lengths, rows
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from recur.models.text.classifier import TextClassifier
 from recur.models.text.encoder import Encoder, EncoderSpec, load_weights
-from recur.models.text.language import LanguageModel
+from recur.models.text.language import LanguageModel, grown
 from recur.pipeline.artefact import environment
 from recur.pipeline.labelled import Texts, read_labelled, read_texts, stratified
 from recur.pipeline.sentiment import KIND, evaluate_texts, open_sentiment, save_model
@@ -52,6 +52,8 @@ class SentimentPlan:
     )
     fine: FinePlan = field(default_factory=FinePlan)
     validation: float = 0.1
+    new_words: int = 3
+    """Words of the training texts that occur so often become tokens when the vocabulary is an earlier run's."""
 
     def with_choices(self, epochs: int | None, seed: int | None) -> SentimentPlan:
         """The plan with other passes of fine-tuning at most and another seed of every stage; None changes nothing."""
@@ -169,11 +171,11 @@ def train_sentiment(
     }  # fmt: skip
     if not resume:
         folder.write_json("manifest.json", manifest)
-    codec, language = (
-        (parent.codec, parent.language)
-        if parent
-        else _pretrained(folder, [*plain, *parts.train.text], plan, say)
-    )
+    if parent:
+        codec, pieces = parent.codec.extended(parts.train.text, plan.new_words)
+        language = grown(parent.language, pieces)
+    else:
+        codec, language = _pretrained(folder, [*plain, *parts.train.text], plan, say)
     spent = {"pretrain_s": time.monotonic() - started, "pretrain_cpu_s": time.process_time() - cpu}
     net, temperature = adapt(language, codec, parts, plan, say)
     save_model(folder, net, language)

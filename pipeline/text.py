@@ -21,7 +21,8 @@ import html
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -252,11 +253,18 @@ def fingerprint(text: str) -> str:
 
 
 class TextCodec:
-    """Sub-word vocabulary with its normalisation: text to token numbers and back."""
+    """Sub-word vocabulary with its normalisation: text to token numbers and back.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Beside the pieces that the tokenizer learned there may be whole ``words`` that were added later.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, words: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self.size: int = tokenizer.get_vocab_size()
+        self._pieces: int = tokenizer.get_vocab_size()
+        self._words = list(words)
+        self._known = {word: [number] for number, word in enumerate(words, self._pieces)}
+        self._known |= {mark: [number] for number, mark in enumerate(MARKS)}
+        self.size = self._pieces + len(self._words)
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int = 8000) -> TextCodec:
@@ -277,19 +285,32 @@ class TextCodec:
         tokenizer.train_from_iterator(plain, trainer)
         return cls(tokenizer)
 
+    def extended(self, texts: Iterable[str], least: int) -> tuple[TextCodec, list[list[int]]]:
+        """A vocabulary with every word of ``texts`` as one token that occurs ``least`` times and is in pieces here.
+
+        Also gives the pieces of each new word: what its embedding can begin with.
+        """
+        counts = Counter(word for text in texts for word in normalise(text).split())
+        wanted = sorted(word for word, n in counts.items() if n >= least and word not in self._known)
+        pieces = dict(zip(wanted, self._in_pieces(wanted), strict=True))
+        split = [word for word in wanted if len(pieces[word]) > 1]
+        return TextCodec(self._tokenizer, [*self._words, *split]), [pieces[word] for word in split]
+
     @classmethod
     def from_json(cls, text: str) -> TextCodec:
         """The vocabulary that :meth:`to_json` wrote; DataMissing when it is broken or lacks the marks."""
         try:
-            tokenizer = Tokenizer.from_str(text)
+            found = json.loads(text)
+            tokenizer = Tokenizer.from_str(json.dumps(found["tokenizer"]))
         except Exception as error:
             raise DataMissing(f"The vocabulary cannot be read: {error}.", "Train the run again.") from error
         if [tokenizer.token_to_id(mark) for mark in MARKS] != list(range(len(MARKS))):
             raise DataMissing("The vocabulary lacks the marks of this version.", "Train the run again.")
-        return cls(tokenizer)
+        return cls(tokenizer, found["words"])
 
     def to_json(self) -> str:
-        return json.dumps(json.loads(self._tokenizer.to_str()), ensure_ascii=False)
+        found = {"tokenizer": json.loads(self._tokenizer.to_str()), "words": self._words}
+        return json.dumps(found, ensure_ascii=False)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token numbers of each text; an empty list where nothing readable is left.
@@ -302,13 +323,29 @@ class TextCodec:
                     f"Text {row + 1} has {len(text):,} characters: at most {MAX_CHARS:,} are read.",
                     "Split it into its articles.",
                 )
-        found = self._tokenizer.encode_batch_fast(
-            [normalise(text) for text in texts], add_special_tokens=False
-        )
+        split = [normalise(text).split() for text in texts]
+        others = sorted({word for words in split for word in words if word not in self._known})
+        known = self._known | dict(zip(others, self._in_pieces(others), strict=True))
+        return [list(self._numbers(words, known)) for words in split]
+
+    @staticmethod
+    def _numbers(words: Sequence[str], known: dict[str, list[int]]) -> Iterator[int]:
+        """Numbers of ``words``; the name of a ticker only where it is one token: pieces of a name mean nothing."""
+        before = ""
+        for word in words:
+            numbers = known[word]
+            if before != "<ticker>" or len(numbers) == 1:
+                yield from numbers
+            before = word
+
+    def _in_pieces(self, words: Sequence[str]) -> list[list[int]]:
+        found = self._tokenizer.encode_batch_fast(words, add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
     def token(self, number: int) -> str:
         """The text of one token as people read it: a leading blank begins a word."""
+        if number >= self._pieces:
+            return f" {self._words[number - self._pieces]}"
         return str(self._tokenizer.decode([number], skip_special_tokens=False)) or MARKS[number]
 
     def tokens(self, numbers: Sequence[int]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,11 +73,24 @@ def test_a_vocabulary_survives_its_file() -> None:
     assert "".join(again.tokens(again.encode(["bitcoin fell"])[0])) == " bitcoin fell"
 
 
+def test_words_of_new_texts_become_tokens_that_know_their_pieces() -> None:
+    more, pieces = CODEC.extended(["turnover rises <n>", "turnover and ether", "Turnover 5"], 2)
+    assert more.size == CODEC.size + 1
+    assert pieces == [CODEC.encode(["turnover"])[0]]
+    assert more.encode(["turnover rises 5"])[0] == [CODEC.size, *CODEC.encode(["rises 5"])[0]]
+    assert more.token(CODEC.size) == " turnover"
+    assert TextCodec.from_json(more.to_json()).encode(["turnovers turnover"]) == more.encode(
+        ["turnovers turnover"]
+    )
+
+
 def test_a_broken_vocabulary_is_refused() -> None:
     with pytest.raises(DataMissing, match="cannot be read"):
         TextCodec.from_json("{")
     with pytest.raises(DataMissing, match="lacks the marks"):
-        TextCodec.from_json(Tokenizer(models.BPE()).to_str())
+        TextCodec.from_json(
+            json.dumps({"tokenizer": json.loads(Tokenizer(models.BPE()).to_str()), "words": []})
+        )
 
 
 def test_a_text_beyond_the_limit_is_refused_by_its_number() -> None:

@@ -7,6 +7,9 @@ sample, which makes the sum over the sample an unbiased estimate of the sum over
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +46,22 @@ class LanguageModel(nn.Module):
             self.bias[int(backward)][sample] - chance.log()
         )
         return nn.functional.cross_entropy(scores, torch.searchsorted(sample, targets.flatten()))
+
+
+def grown(model: LanguageModel, pieces: Sequence[Sequence[int]]) -> LanguageModel:
+    """``model`` with a further token for each of ``pieces``; it begins as the mean of those tokens."""
+    before = model.encoder
+    after = LanguageModel(Encoder(replace(before.spec, vocabulary=before.spec.vocabulary + len(pieces))))
+    tensors = model.state_dict()
+    if pieces:
+        rows = tensors["encoder.embedding.weight"]
+        tensors["encoder.embedding.weight"] = torch.cat(
+            [rows, torch.stack([rows[list(p)].mean(0) for p in pieces])]
+        )
+        bias = tensors["bias"]
+        tensors["bias"] = torch.cat([bias, torch.stack([bias[:, list(p)].mean(1) for p in pieces], 1)], 1)
+    after.load_state_dict(tensors)
+    return after
 
 
 def draw_sample(
