@@ -139,10 +139,10 @@ def test_no_color_leaves_no_escape_sequence_at_all(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    cli._table("Title", ["a"], [["b"]])
+    terminal.table("Title", ["a"], [["b"]])
     assert "\x1b[" in capsys.readouterr().out
     monkeypatch.setenv("NO_COLOR", "1")
-    cli._table("Title", ["a"], [["b"]])
+    terminal.table("Title", ["a"], [["b"]])
     assert "\x1b" not in capsys.readouterr().out
 
 
