@@ -706,17 +706,38 @@ def inspect(
     ctx: typer.Context,
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Trained run; else the last.")] = None,
     trust_model: TrustModel = False,
+    trace: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Sentiment run: read this text token by token.")
+    ] = None,
 ) -> None:
     """Show what a trained recurrence does: parameters, memory length, spectral radius, gates, ablation."""
-    from recur.pipeline.inspect import inspect_run
     from recur.storage.runs import latest_run
 
     state: State = ctx.obj
+    if trace is not None:
+        return _trace(state, run, trace)
+    from recur.pipeline.inspect import inspect_run
+
     run = run or latest_run(state.home, "train")
     if run is None:
         raise DataMissing(f"There is no trained run in {state.home}.", "recur train price makes one.")
     found = inspect_run(state.home, run, trust=trust_model)
     state.result(found, lambda: terminal.say_inspection(found))
+
+
+def _trace(state: State, run: str | None, text: str) -> None:
+    from recur.pipeline.sentiment import open_sentiment
+    from recur.pipeline.sentiment_trace import trace
+
+    model = open_sentiment(state.home, run)
+    rows = trace(model, text)
+    columns = ["token", "p_negative", "p_neutral", "p_positive"]
+
+    def people() -> None:
+        shown = ([*(row[c] for c in columns), " ".join(n["token"] for n in row["next"])] for row in rows)
+        terminal.table(model.run_id, [*columns, "expected next"], shown)
+
+    state.result({"run_id": model.run_id, "tokens": rows}, people)
 
 
 @app.command()
@@ -775,6 +796,27 @@ def ledger_show(
         terminal.say_forecasts("Ledger", rows)
 
     state.result({"forecasts": rows}, people)
+
+
+@ledger_app.command("verify")
+def ledger_verify(ctx: typer.Context) -> None:
+    """Prove that no entry was altered, removed or inserted: each carries the hash of the one before."""
+    from recur.storage.ledger import first_broken
+
+    state: State = ctx.obj
+    entries = state.store(state.config()).forecasts()
+    broken = first_broken(entries)
+    document = {"entries": entries.height, "ok": broken is None, "first_broken": broken}
+    state.result(
+        document, lambda: print(f"{entries.height} entries: {'all' if broken is None else 'NOT all'} fit.")
+    )
+    if broken is not None:
+        print(
+            f"recur: Entry {broken} of the ledger does not fit the chain of hashes: it or one before it was altered."
+            " Restore the store from a backup.",
+            file=sys.stderr,
+        )
+        raise typer.Exit(CheckFailed.exit_code)
 
 
 # -- schedule ------------------------------------------------------------------------------------------------------

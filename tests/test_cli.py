@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from datetime import UTC, datetime
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from recur import cli
 from recur.pipeline import terminal
+from recur.storage.store import Store
 from recur.vocabulary import StoreBusy
 
 HEAVY = {
@@ -300,3 +303,24 @@ def test_a_taken_port_is_one_line(here: Path) -> None:
         )
     assert done.returncode == 1
     assert done.stderr.startswith(f"recur: Port {port} cannot be used")
+
+
+def test_the_ledger_is_verified_and_an_altered_entry_is_named(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(here / ".recur")
+    at = datetime(2025, 1, 1, tzinfo=UTC)
+    rows = [
+        {"unique_id": "bybit:linear:BTCUSDT:1h", "cutoff": at, "ds": at, "horizon": h, "model": "gru", "run_id": "r",
+         "made_at": at, "mean": 0.0}
+        for h in (1, 6)
+    ]  # fmt: skip
+    assert store.append_forecasts(pl.DataFrame(rows)) == 2
+    assert cli.run(["ledger", "verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"entries": 2, "ok": True, "first_broken": None}
+    with store.write() as con:
+        con.execute("UPDATE forecasts SET mean = 0.5 WHERE horizon = 1")
+    assert cli.run(["ledger", "verify", "--json"]) == 4
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"entries": 2, "ok": False, "first_broken": 1}
+    assert "Entry 1 of the ledger does not fit" in err

@@ -261,3 +261,12 @@ def test_stored_news_are_scored_once_and_marked_where_the_model_may_have_learned
     marks = dict(store.sentiment(done["run_id"]).select("news_id", "contaminated").iter_rows())
     assert marks == {"old": True, "new": False, "told": True}
     assert score_stored(home, store, metrics["run_id"], later)["scored"] == 0
+
+
+def test_the_command_line_traces_a_text(
+    trained: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--home", str(trained[0]), "--json", "inspect", trained[1]["run_id"], "--trace", "Acme rises"]
+    assert cli.run(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [token["token"] for token in found["tokens"]] == [" acme", " rises"]

@@ -44,6 +44,7 @@ def test_a_baseline_is_beaten_only_with_skill_a_small_p_and_the_test_on_our_side
         ([(WIN, WIN, WIN), (WIN, WIN, TIE)], "weak"),
         ([(WIN, WIN, LOSS), (LOSS, LOSS, LOSS)], "weak"),
         ([(WIN, TIE, WIN), (TIE, WIN, WIN)], "none"),
+        ([(WIN | {"dm_p": 0.03}, WIN, WIN), (TIE, TIE, TIE)], "none"),  # two horizons, each might have done
         ([(TIE, TIE, TIE)], "none"),
         ([], "none"),
     ],
