@@ -33,11 +33,11 @@ demo: $(STAMP) ## Go the whole path against the sandbox exchange and show the re
 
 .PHONY: test
 test: check ## Lint, type-check, and run the tests (minutes)
-	$(BIN)/python -m pytest -m "not full"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full"
 
 .PHONY: test-full
 test-full: check ## All tests, the long proofs on real data too
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: check
 check: $(TOOLS) ## Lint and type-check only
