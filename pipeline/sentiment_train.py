@@ -24,7 +24,7 @@ from torch import Tensor
 
 from recur.models.text.classifier import TextClassifier
 from recur.models.text.encoder import Encoder, EncoderSpec, load_weights
-from recur.models.text.language import LanguageModel, grown
+from recur.models.text.language import LanguageModel, grown, grown_classifier
 from recur.pipeline.artefact import environment
 from recur.pipeline.labelled import Texts, read_labelled, read_texts, stratified
 from recur.pipeline.sentiment import KIND, evaluate_texts, open_sentiment, save_model
@@ -89,31 +89,37 @@ def divide(texts: Texts, share: float, seed: int) -> Parts:
     return Parts(texts.take(train), texts.take(validation), texts.take(test))
 
 
-def adapt(
-    language: LanguageModel, codec: TextCodec, parts: Parts, plan: SentimentPlan, say: Say
-) -> tuple[TextClassifier, float]:
-    """Steps 2 and 3: a classifier and its temperature; ``language`` ends adapted to the training texts."""
+def adapted(
+    language: LanguageModel, tokens: Sequence[Sequence[int]], plan: SentimentPlan, say: Say
+) -> TextClassifier:
+    """Step 2: ``language`` reads the training texts a few times more; gives a classifier with its encoder."""
     half = bf16_pays()
-    tokens = codec.encode(parts.train.text)
     if plan.adapt.epochs:
         language.encoder.halve(half)
-        pretrain(
-            language,
-            [t for t in tokens if t],
-            plan.adapt,
-            on_step=lambda k, n, _: say("adapting to the texts", k, n),
-        )
+        pretrain(language, tokens, plan.adapt, on_step=lambda k, n, _: say("adapting to the texts", k, n))
+        language.encoder.halve(False)
     torch.manual_seed(plan.fine.seed)
     net = TextClassifier(Encoder(language.encoder.spec))
     net.encoder.load_state_dict(language.encoder.state_dict())
-    net.encoder.halve(half)
+    return net
+
+
+def fine_tuned(
+    net: TextClassifier,
+    codec: TextCodec,
+    tokens: Sequence[Sequence[int]],
+    parts: Parts,
+    plan: FinePlan,
+    say: Say,
+) -> float:
+    """Step 3: trains ``net`` in place; returns the temperature of its probabilities."""
+    net.encoder.halve(bf16_pays())
     check = (codec.encode(parts.validation.text), parts.validation.label)
     temperature = early_stopped(
-        net, tokens, parts.train.label, check, plan.fine, lambda k, n: say("fine-tuning", k, n)
+        net, tokens, parts.train.label, check, plan, lambda k, n: say("fine-tuning", k, n)
     )
-    for encoder in (language.encoder, net.encoder):
-        encoder.halve(False)
-    return net, temperature
+    net.encoder.halve(False)
+    return temperature
 
 
 def train_sentiment(
@@ -173,11 +179,14 @@ def train_sentiment(
         folder.write_json("manifest.json", manifest)
     if parent:
         codec, pieces = parent.codec.extended(parts.train.text, plan.new_words)
-        language = grown(parent.language, pieces)
+        tokens = codec.encode(parts.train.text)
+        language, net = grown(parent.language, pieces), grown_classifier(parent.net, pieces)
     else:
         codec, language = _pretrained(folder, [*plain, *parts.train.text], plan, say)
+        tokens = codec.encode(parts.train.text)
+        net = adapted(language, [text for text in tokens if text], plan, say)
     spent = {"pretrain_s": time.monotonic() - started, "pretrain_cpu_s": time.process_time() - cpu}
-    net, temperature = adapt(language, codec, parts, plan, say)
+    temperature = fine_tuned(net, codec, tokens, parts, plan.fine, say)
     save_model(folder, net, language)
     folder.write_text("tokenizer.json", codec.to_json())
     folder.write_text("training_texts.txt", "\n".join(seen) + "\n")
