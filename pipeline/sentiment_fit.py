@@ -179,26 +179,24 @@ def early_stopped(
     check: tuple[Sequence[Sequence[int]], NDArray[np.int64]],
     plan: FinePlan,
     say: Callable[[int, int], None] = lambda done, total: None,
-) -> float:
-    """Fine-tune with the epoch chosen that serves the texts of ``check`` best; returns the temperature for them.
+) -> None:
+    """Fine-tune with the epoch chosen that serves the texts of ``check`` best: see ``plan.patience``.
 
-    What serves best has the least cross-entropy after its temperature; the training stops ``plan.patience`` epochs
-    later.
+    What serves best has the least cross-entropy after its own temperature.
     """
-    best, best_epoch, best_weights, temperature = np.inf, -1, net.state_dict(), 1.0
+    best, best_epoch, best_weights = np.inf, -1, net.state_dict()
 
     def judge(epoch: int, current: TextClassifier) -> bool:
-        nonlocal best, best_epoch, best_weights, temperature
+        nonlocal best, best_epoch, best_weights
         logits = logits_of(current, check[0])
         read = np.isfinite(logits).all(axis=1)
         t = fit_temperature(logits[read], check[1][read])
         value = cross_entropy(logits[read] / t, check[1][read])
         if value < best:
-            best, best_epoch, temperature = value, epoch, t
+            best, best_epoch = value, epoch
             best_weights = copy.deepcopy(current.state_dict())
         say(epoch + 1, plan.epochs)
         return epoch - best_epoch >= plan.patience
 
     fine_tune(net, texts, labels, plan, judge)
     net.load_state_dict(best_weights)
-    return temperature
