@@ -130,15 +130,11 @@ def fine_tuned(
     for member in range(plan.members):
         net.load_state_dict(begin)
         seeded = replace(plan.fine, seed=plan.members * plan.fine.seed + member)
-        before = member * plan.fine.epochs
-        early_stopped(
-            net,
-            tokens,
-            parts.train.label,
-            check,
-            seeded,
-            lambda k, _, at=before: say("fine-tuning", at + k, total),
-        )
+
+        def told(done: int, _: int, member: int = member) -> None:
+            say("fine-tuning", member * plan.fine.epochs + done, total)
+
+        early_stopped(net, tokens, parts.train.label, check, seeded, told)
         for name, value in net.state_dict().items():
             mean[name] += value / plan.members
     net.load_state_dict(mean)
