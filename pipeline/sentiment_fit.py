@@ -30,8 +30,7 @@ FloatArray = NDArray[np.float32]
 class FinePlan:
     """How to fine-tune. ``decay`` divides the rate from one layer to the next deeper one.
 
-    ``unfreeze`` is 0, all layers at once: with the small language models that minutes can train, holding layers back
-    only cost accuracy (docs/sentiment.md).
+    ``unfreeze`` is 0: all layers learn from the first epoch (docs/sentiment.md tells why).
     """
 
     epochs: int = 6
