@@ -77,6 +77,7 @@ class Bench:
 
     def __init__(self, data: Path, home: Path, log: Path) -> None:
         self.data, self.home, self.log = data, home, log
+        home.mkdir(parents=True, exist_ok=True)
         self.results: dict[str, Any] = json.loads(log.read_text()) if log.exists() else {}
         self.texts = {name: read_labelled([data / file]) for name, file in FILES.items()}
         agreement = pl.read_parquet(data / FILES["phrasebank"])

@@ -35,13 +35,13 @@ def bf16_pays() -> bool:
 class LanguagePlan:
     """How to pretrain: ``epochs`` passes over the corpus, ``streams`` side by side, ``stretch`` tokens a step."""
 
-    epochs: int = 5
-    streams: int = 64
-    stretch: int = 64
-    lr: float = 4e-3
-    drops: Drops = field(default_factory=Drops)
-    others: int = 500
-    clip: float = 0.4
+    epochs: int = 6
+    streams: int = 48
+    stretch: int = 32
+    lr: float = 3e-3
+    drops: Drops = field(default_factory=lambda: Drops(0.02, 0.05, 0.1, 0.1, 0.1))
+    others: int = 300
+    clip: float = 1.0
     seed: int = 0
 
 

@@ -1,15 +1,19 @@
 """``recur train sentiment``: from files of texts to a run folder with a sentiment model in it.
 
-1. Vocabulary and language model from the unlabelled files (``--pretrain``), or both from an earlier run (``--from``).
-2. A few passes of the language model over the texts of the labelled training part.
-3. Fine-tuning on its labels; a validation part (the file's own, else a tenth of the training part) decides when to
-   stop and sets the temperature of the probabilities.
+1. Vocabulary and language model from the unlabelled files (``--pretrain``) and the labelled training part.
+2. A few more passes of the language model over the texts of the training part.
+3. Fine-tuning on its labels, several times from different seeds; a validation part (the file's own, else a tenth of
+   the training part) decides when to stop and sets the temperature of the probabilities. The weights are averaged.
 
-Texts of the test and validation parts are kept out of all three, wherever else they occur.
+With ``--from`` an earlier run takes the place of 1 and 2: its classifier is fine-tuned further, after the words of the
+new texts that its vocabulary would break into pieces have become tokens.
+
+Texts of the test and validation parts are kept out of all of it, wherever else they occur.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,12 +28,13 @@ from torch import Tensor
 
 from recur.models.text.classifier import TextClassifier
 from recur.models.text.encoder import Encoder, EncoderSpec, load_weights
-from recur.models.text.language import LanguageModel, grown
+from recur.models.text.language import LanguageModel, grown, grown_classifier
 from recur.pipeline.artefact import environment
 from recur.pipeline.labelled import Texts, read_labelled, read_texts, stratified
 from recur.pipeline.sentiment import KIND, evaluate_texts, open_sentiment, save_model
-from recur.pipeline.sentiment_fit import FinePlan, early_stopped
+from recur.pipeline.sentiment_fit import FinePlan, early_stopped, logits_of
 from recur.pipeline.sentiment_language import LanguagePlan, Progress, bf16_pays, pretrain
+from recur.pipeline.sentiment_metrics import fit_temperature
 from recur.pipeline.text import TextCodec
 from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id
 from recur.vocabulary import DataMissing, UsageError, did_you_mean, parse_time
@@ -42,16 +47,16 @@ STATE = "language.safetensors"
 class SentimentPlan:
     """Sizes and stages of a training, as recorded in ``sentiment.json``."""
 
-    vocabulary: int = 8000
-    width: int = 256
-    hidden: int = 256
+    vocabulary: int = 6000
+    width: int = 192
+    hidden: int = 192
     layers: int = 2
     language: LanguagePlan = field(default_factory=LanguagePlan)
-    adapt: LanguagePlan = field(
-        default_factory=lambda: LanguagePlan(epochs=4, streams=32, stretch=48, lr=2e-3)
-    )
+    adapt: LanguagePlan = field(default_factory=lambda: LanguagePlan(epochs=3, streams=24, lr=2e-3))
     fine: FinePlan = field(default_factory=FinePlan)
     validation: float = 0.1
+    members: int = 3
+    """Fine-tunings, each from another seed, whose weights are averaged."""
     new_words: int = 3
     """Words of the training texts that occur so often become tokens when the vocabulary is an earlier run's."""
 
@@ -89,31 +94,54 @@ def divide(texts: Texts, share: float, seed: int) -> Parts:
     return Parts(texts.take(train), texts.take(validation), texts.take(test))
 
 
-def adapt(
-    language: LanguageModel, codec: TextCodec, parts: Parts, plan: SentimentPlan, say: Say
-) -> tuple[TextClassifier, float]:
-    """Steps 2 and 3: a classifier and its temperature; ``language`` ends adapted to the training texts."""
+def adapted(
+    language: LanguageModel, tokens: Sequence[Sequence[int]], plan: SentimentPlan, say: Say
+) -> TextClassifier:
+    """Step 2: ``language`` reads the training texts a few times more; gives a classifier with its encoder."""
     half = bf16_pays()
-    tokens = codec.encode(parts.train.text)
     if plan.adapt.epochs:
         language.encoder.halve(half)
-        pretrain(
-            language,
-            [t for t in tokens if t],
-            plan.adapt,
-            on_step=lambda k, n, _: say("adapting to the texts", k, n),
-        )
+        pretrain(language, tokens, plan.adapt, on_step=lambda k, n, _: say("adapting to the texts", k, n))
+        language.encoder.halve(False)
     torch.manual_seed(plan.fine.seed)
     net = TextClassifier(Encoder(language.encoder.spec))
     net.encoder.load_state_dict(language.encoder.state_dict())
-    net.encoder.halve(half)
+    return net
+
+
+def fine_tuned(
+    net: TextClassifier,
+    codec: TextCodec,
+    tokens: Sequence[Sequence[int]],
+    parts: Parts,
+    plan: SentimentPlan,
+    say: Say,
+) -> float:
+    """Step 3: trains ``net`` in place; returns the temperature of its probabilities.
+
+    The weights are the mean over ``plan.members`` fine-tunings that start at the same point (Wortsman et al. 2022,
+    arXiv:2203.05482): most of what an ensemble gains, at the price of one network.
+    """
     check = (codec.encode(parts.validation.text), parts.validation.label)
-    temperature = early_stopped(
-        net, tokens, parts.train.label, check, plan.fine, lambda k, n: say("fine-tuning", k, n)
-    )
-    for encoder in (language.encoder, net.encoder):
-        encoder.halve(False)
-    return net, temperature
+    begin = copy.deepcopy(net.state_dict())
+    mean = {name: torch.zeros_like(value) for name, value in begin.items()}
+    net.encoder.halve(bf16_pays())
+    total = plan.members * plan.fine.epochs
+    for member in range(plan.members):
+        net.load_state_dict(begin)
+        seeded = replace(plan.fine, seed=plan.members * plan.fine.seed + member)
+
+        def told(done: int, _: int, member: int = member) -> None:
+            say("fine-tuning", member * plan.fine.epochs + done, total)
+
+        early_stopped(net, tokens, parts.train.label, check, seeded, told)
+        for name, value in net.state_dict().items():
+            mean[name] += value / plan.members
+    net.load_state_dict(mean)
+    net.encoder.halve(False)
+    logits = logits_of(net, check[0])
+    read = np.asarray(np.isfinite(logits).all(axis=1))
+    return fit_temperature(logits[read], check[1][read])
 
 
 def train_sentiment(
@@ -173,11 +201,14 @@ def train_sentiment(
         folder.write_json("manifest.json", manifest)
     if parent:
         codec, pieces = parent.codec.extended(parts.train.text, plan.new_words)
-        language = grown(parent.language, pieces)
+        tokens = codec.encode(parts.train.text)
+        language, net = grown(parent.language, pieces), grown_classifier(parent.net, pieces)
     else:
         codec, language = _pretrained(folder, [*plain, *parts.train.text], plan, say)
+        tokens = codec.encode(parts.train.text)
+        net = adapted(language, [text for text in tokens if text], plan, say)
     spent = {"pretrain_s": time.monotonic() - started, "pretrain_cpu_s": time.process_time() - cpu}
-    net, temperature = adapt(language, codec, parts, plan, say)
+    temperature = fine_tuned(net, codec, tokens, parts, plan, say)
     save_model(folder, net, language)
     folder.write_text("tokenizer.json", codec.to_json())
     folder.write_text("training_texts.txt", "\n".join(seen) + "\n")

@@ -24,10 +24,10 @@ from recur.storage.store import Store
 from recur.vocabulary import DataMissing, UsageError, parse_time
 
 SMALL = SentimentPlan(
-    vocabulary=400, width=24, hidden=24,
+    vocabulary=400, width=24, hidden=24, members=1,
     language=LanguagePlan(epochs=2, streams=8, stretch=16),
     adapt=LanguagePlan(epochs=1, streams=8, stretch=16, lr=2e-3),
-    fine=FinePlan(epochs=12, batch=8, lr=1e-2, decay=1.0, unfreeze=0, patience=12, drops=Drops(0, 0.1, 0.1, 0, 0.1)),
+    fine=FinePlan(epochs=10, batch=8, lr=1e-2, decay=1.0, unfreeze=0, patience=10, drops=Drops(0, 0.1, 0.1, 0, 0.1)),
 )  # fmt: skip
 VERBS = {
     "negative": ["falls", "plunges", "loses"],

@@ -11,7 +11,7 @@ from recur.models.text.classifier import Pool, TextClassifier, reversed_rows
 from recur.models.text.encoder import Drops, Encoder, EncoderSpec
 from recur.models.text.language import LanguageModel, draw_sample
 from recur.models.text.recurrence import Recurrence
-from recur.pipeline.sentiment_fit import class_weights, layer_groups
+from recur.pipeline.sentiment_fit import FinePlan, class_weights, fine_tune, layer_groups
 from recur.pipeline.sentiment_language import stretches
 from recur.pipeline.sentiment_metrics import auc, calibration_error, evaluate, fit_temperature
 
@@ -169,3 +169,24 @@ def test_calibration_error_and_temperature() -> None:
 def test_auc_counts_ties_half_and_needs_both_classes() -> None:
     assert auc(np.array([0.1, 0.5, 0.5, 9.0]), np.array([0, 2, 0, 1])) == pytest.approx(0.75)
     assert auc(np.array([0.1, 0.5]), np.array([2, 2])) is None
+
+
+def test_layers_are_held_back_until_their_epoch() -> None:
+    torch.manual_seed(0)
+    net = TextClassifier(Encoder(SPEC))
+    groups = layer_groups(net)
+    before = [[p.detach().clone() for p in group] for group in groups]
+    moved: list[list[bool]] = []
+
+    def look(epoch: int, _: TextClassifier) -> bool:
+        now = [
+            not all(torch.equal(p, q) for p, q in zip(g, b, strict=True))
+            for g, b in zip(groups, before, strict=True)
+        ]
+        moved.append(now)
+        return False
+
+    texts = [[12, 13, 14], [15, 16], [17], [18, 12]]
+    fine_tune(net, texts, np.array([0, 1, 2, 0]), FinePlan(epochs=3, batch=2, unfreeze=1), look)
+    assert [row.count(True) for row in moved] == [1, 2, 3]
+    assert all(p.requires_grad for p in net.parameters())

@@ -33,14 +33,11 @@ class EncoderSpec:
 class Drops:
     """Shares dropped in training: whole words, embedding entries, between layers, of the output, of weights."""
 
-    word: float = 0.02
-    embedding: float = 0.1
-    between: float = 0.1
-    output: float = 0.1
-    weight: float = 0.2
-
-    def times(self, factor: float) -> Drops:
-        return Drops(*(min(0.7, factor * value) for value in asdict(self).values()))
+    word: float = 0.0
+    embedding: float = 0.0
+    between: float = 0.0
+    output: float = 0.0
+    weight: float = 0.0
 
 
 class Encoder(nn.Module):
@@ -54,7 +51,7 @@ class Encoder(nn.Module):
         self.directions = nn.ModuleList(
             Recurrence(spec.width, spec.hidden, spec.width, spec.layers) for _ in range(2)
         )
-        self.drops = Drops(0, 0, 0, 0, 0)
+        self.drops = Drops()
 
     def direction(self, backward: bool) -> Recurrence:
         part = self.directions[int(backward)]

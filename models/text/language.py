@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recur.models.interface import State
+from recur.models.text.classifier import TextClassifier
 from recur.models.text.encoder import Encoder
 from recur.models.text.recurrence import locked_dropout
 
@@ -46,6 +47,14 @@ class LanguageModel(nn.Module):
             self.bias[int(backward)][sample] - chance.log()
         )
         return nn.functional.cross_entropy(scores, torch.searchsorted(sample, targets.flatten()))
+
+
+def grown_classifier(net: TextClassifier, pieces: Sequence[Sequence[int]]) -> TextClassifier:
+    """``net`` with a further token for each of ``pieces``, as in :func:`grown`."""
+    encoder = grown(LanguageModel(net.encoder), pieces).encoder
+    after = TextClassifier(encoder)
+    after.load_state_dict(net.state_dict() | {f"encoder.{k}": v for k, v in encoder.state_dict().items()})
+    return after
 
 
 def grown(model: LanguageModel, pieces: Sequence[Sequence[int]]) -> LanguageModel:
