@@ -35,7 +35,7 @@ class FinePlan:
 
     epochs: int = 6
     batch: int = 32
-    lr: float = 3e-3
+    lr: float = 2e-3
     decay: float = 1.1
     drops: Drops = field(default_factory=lambda: Drops(0.05, 0.2, 0.2, 0.0, 0.2))
     head_drop: float = 0.3

@@ -35,10 +35,10 @@ def bf16_pays() -> bool:
 class LanguagePlan:
     """How to pretrain: ``epochs`` passes over the corpus, ``streams`` side by side, ``stretch`` tokens a step."""
 
-    epochs: int = 6
+    epochs: int = 5
     streams: int = 48
     stretch: int = 32
-    lr: float = 3e-3
+    lr: float = 6e-3
     drops: Drops = field(default_factory=lambda: Drops(0.02, 0.05, 0.1, 0.1, 0.1))
     others: int = 300
     clip: float = 1.0
@@ -103,6 +103,8 @@ def pretrain(
             "Give files of texts with --pretrain.",
         )
     frequency = counts / counts.sum()
+    if not model.bias.any():
+        model.begin_with(counts)
     total = plan.epochs * per_epoch
     optimiser = torch.optim.AdamW(model.parameters(), lr=plan.lr, betas=(0.9, 0.99), weight_decay=0.01)
     _restore(optimiser, model, done.moments)

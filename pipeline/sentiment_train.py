@@ -5,8 +5,8 @@
 3. Fine-tuning on its labels, several times from different seeds; a validation part (the file's own, else a tenth of
    the training part) decides when to stop and sets the temperature of the probabilities. The weights are averaged.
 
-With ``--from`` an earlier run takes the place of 1 and 2: its classifier is fine-tuned further, after the words of the
-new texts that its vocabulary would break into pieces have become tokens.
+With ``--from`` an earlier run takes the place of 1: the words of the new texts that its vocabulary would break into
+pieces become tokens, and 2 and 3 go on from its classifier.
 
 Texts of the test and validation parts are kept out of all of it, wherever else they occur.
 """
@@ -50,7 +50,7 @@ class SentimentPlan:
     vocabulary: int = 6000
     width: int = 192
     hidden: int = 192
-    layers: int = 2
+    layers: int = 1
     language: LanguagePlan = field(default_factory=LanguagePlan)
     adapt: LanguagePlan = field(default_factory=lambda: LanguagePlan(epochs=3, streams=24, lr=2e-3))
     fine: FinePlan = field(default_factory=FinePlan)
@@ -94,19 +94,16 @@ def divide(texts: Texts, share: float, seed: int) -> Parts:
     return Parts(texts.take(train), texts.take(validation), texts.take(test))
 
 
-def adapted(
-    language: LanguageModel, tokens: Sequence[Sequence[int]], plan: SentimentPlan, say: Say
-) -> TextClassifier:
-    """Step 2: ``language`` reads the training texts a few times more; gives a classifier with its encoder."""
-    half = bf16_pays()
+def adapt(
+    language: LanguageModel, net: TextClassifier, texts: Sequence[Sequence[int]], plan: SentimentPlan, say: Say
+) -> None:
+    """Step 2: the language model goes on from the classifier's encoder over ``texts``, and gives it back."""
+    language.encoder.load_state_dict(net.encoder.state_dict())
     if plan.adapt.epochs:
-        language.encoder.halve(half)
-        pretrain(language, tokens, plan.adapt, on_step=lambda k, n, _: say("adapting to the texts", k, n))
+        language.encoder.halve(bf16_pays())
+        pretrain(language, texts, plan.adapt, on_step=lambda k, n, _: say("adapting to the texts", k, n))
         language.encoder.halve(False)
-    torch.manual_seed(plan.fine.seed)
-    net = TextClassifier(Encoder(language.encoder.spec))
     net.encoder.load_state_dict(language.encoder.state_dict())
-    return net
 
 
 def fine_tuned(
@@ -206,7 +203,10 @@ def train_sentiment(
     else:
         codec, language = _pretrained(folder, [*plain, *parts.train.text], plan, say)
         tokens = codec.encode(parts.train.text)
-        net = adapted(language, [text for text in tokens if text], plan, say)
+        torch.manual_seed(plan.fine.seed)
+        net = TextClassifier(Encoder(language.encoder.spec))
+        net.encoder.load_state_dict(language.encoder.state_dict())
+    adapt(language, net, [text for text in tokens if text], plan, say)
     spent = {"pretrain_s": time.monotonic() - started, "pretrain_cpu_s": time.process_time() - cpu}
     temperature = fine_tuned(net, codec, tokens, parts, plan, say)
     save_model(folder, net, language)

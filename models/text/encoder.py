@@ -47,7 +47,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.embedding = nn.Embedding(spec.vocabulary, spec.width)
-        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        nn.init.normal_(self.embedding.weight, std=0.2)
         self.directions = nn.ModuleList(
             Recurrence(spec.width, spec.hidden, spec.width, spec.layers) for _ in range(2)
         )

@@ -27,6 +27,14 @@ class LanguageModel(nn.Module):
         self.encoder = encoder
         self.bias = nn.Parameter(torch.zeros(2, encoder.spec.vocabulary))
 
+    def begin_with(self, counts: Tensor) -> None:
+        """Before anything is learned, let every token be as likely as its count (V,) in the corpus says.
+
+        Otherwise the embeddings spend the first pass on learning which words are common, all in one direction.
+        """
+        with torch.no_grad():
+            self.bias.copy_(((counts + 0.5) / (counts + 0.5).sum()).log().expand(2, -1))
+
     def hidden(self, tokens: Tensor, backward: bool, state: State | None) -> tuple[Tensor, State]:
         """tokens (B, T) in reading order → (B, T, width) and the state to go on with."""
         part = self.encoder.direction(backward)
