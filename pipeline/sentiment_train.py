@@ -95,7 +95,11 @@ def divide(texts: Texts, share: float, seed: int) -> Parts:
 
 
 def adapt(
-    language: LanguageModel, net: TextClassifier, texts: Sequence[Sequence[int]], plan: SentimentPlan, say: Say
+    language: LanguageModel,
+    net: TextClassifier,
+    texts: Sequence[Sequence[int]],
+    plan: SentimentPlan,
+    say: Say,
 ) -> None:
     """Step 2: the language model goes on from the classifier's encoder over ``texts``, and gives it back."""
     language.encoder.load_state_dict(net.encoder.state_dict())
