@@ -181,6 +181,13 @@ def test_a_run_begun_from_another_remembers_its_texts(
     assert manifest["training_window"]["since"] == "2024-01-01T00:00:00Z"
     model = open_sentiment(home, found["run_id"])
     assert sum(contaminated(model, headlines(240)["text"].to_list())) == 162
+    # its language model went on from the classifier that it was begun from, over the new texts
+    parent = open_sentiment(home, metrics["run_id"])
+    moved = [
+        (a.language.encoder.embedding.weight - parent.net.encoder.embedding.weight).norm().item()
+        for a in (parent, model)
+    ]
+    assert 0 < moved[1] < moved[0]
 
 
 def test_the_command_line_scores_and_judges(

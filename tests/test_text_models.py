@@ -12,7 +12,7 @@ from recur.models.text.encoder import Drops, Encoder, EncoderSpec
 from recur.models.text.language import LanguageModel, draw_sample
 from recur.models.text.recurrence import Recurrence
 from recur.pipeline.sentiment_fit import FinePlan, class_weights, fine_tune, layer_groups
-from recur.pipeline.sentiment_language import stretches
+from recur.pipeline.sentiment_language import LanguagePlan, pretrain, stretches
 from recur.pipeline.sentiment_metrics import auc, calibration_error, evaluate, fit_temperature
 
 SPEC = EncoderSpec(vocabulary=40, width=6, hidden=9, layers=3)
@@ -118,6 +118,15 @@ def test_scoring_a_sample_of_the_vocabulary_is_right_on_average() -> None:
         exact.append(full.item())
         sampled.append((model.loss(hidden, targets, False, sample, chance) - own).item())
     assert np.mean(sampled) == pytest.approx(np.mean(exact), abs=0.03)
+
+
+def test_a_language_model_begins_with_how_common_words_are_and_not_from_scratch_again() -> None:
+    model = LanguageModel(Encoder(EncoderSpec(vocabulary=4, width=2, hidden=2, layers=1)))
+    model.begin_with(torch.tensor([6.0, 2.0, 0.0, 0.0]))
+    start = torch.tensor([0.65, 0.25, 0.05, 0.05])
+    torch.testing.assert_close(model.bias.exp(), start.expand(2, -1))
+    pretrain(model, [[2, 3] * 40], LanguagePlan(epochs=1, streams=2, stretch=4, lr=1e-9))
+    torch.testing.assert_close(model.bias.exp(), start.expand(2, -1))
 
 
 def test_stretches_cover_every_stream_in_order_and_predict_the_next_token() -> None:
