@@ -27,6 +27,12 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
 
+BEFORE, AFTER = "before the candles and their history", "after the candles"
+MISSING, STILL = "bars are missing", "the price never moved"
+UNKNOWN = (BEFORE, AFTER, MISSING, STILL)
+"""Why an item has no label."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReactionPlan:
     """``bars`` the price has to react, ``threshold`` in standard deviations, ``history`` bars to know σ and β from."""
@@ -57,10 +63,12 @@ def reactions(
     plan: ReactionPlan,
     market: pl.DataFrame | None = None,
 ) -> pl.DataFrame:
-    """One row per item: ``usable_ms, known_ms, z, label`` (−1, 0, 1 as Int64); z and label are null where unknown.
+    """One row per item: ``usable_ms, known_ms, z, label`` (−1, 0, 1 as Int64) and ``why``; z and label are null where
+    unknown, and ``why``, else null, is one of ``UNKNOWN``: the window or its history reach beyond the candles, a bar of
+    the window or more than a tenth of the history is missing, or prices never moved.
 
     ``candles`` and ``market`` hold ``open_time, open, close``, sorted, one row per bar of ``step_ms``; without a market
-    β is 0. Unknown: a bar of the window or more than a tenth of the history is missing, or prices never moved.
+    β is 0. Whether a window lies inside the candles depends on their times alone.
     Raises DataMissing when ``candles`` has no row.
     """
     if candles.is_empty():
@@ -75,13 +83,17 @@ def reactions(
     usable = usable_ms(published_ms, day_only, plan.latency_ms)
     first = -(-(usable - opens[0]) // step_ms)  # the first bar that opens at or after the item is usable
     z = np.full(len(usable), np.nan)
+    why: list[str | None] = [None] * len(usable)
     for k, i in enumerate(first.tolist()):
         end = i + plan.bars
-        if i - plan.history < 0 or end > len(opens) or np.isnan(price[i]):
+        if i - plan.history < 0 or end > len(opens):
+            why[k] = BEFORE if i - plan.history < 0 else AFTER
             continue
         r, m = single[i - plan.history : i], base[i - plan.history : i]
         known = np.isfinite(r) & np.isfinite(m)
-        if known.sum() < 0.9 * plan.history:
+        inner = np.concatenate([single[i:end], base[i:end]])
+        if known.sum() < 0.9 * plan.history or not np.isfinite(inner).all():
+            why[k] = MISSING
             continue
         beta = (
             float(np.cov(r[known], m[known])[0, 1] / v) if (v := float(np.var(m[known], ddof=1))) > 0 else 0.0
@@ -90,10 +102,12 @@ def reactions(
         abnormal = single[i:end].sum() - beta * base[i:end].sum()
         if sigma > 0:
             z[k] = abnormal / (sigma * np.sqrt(plan.bars))
+        else:
+            why[k] = STILL
     label = np.where(z > plan.threshold, 1, np.where(z < -plan.threshold, -1, 0))
     frame = pl.DataFrame(
-        {"usable_ms": usable, "known_ms": opens[0] + (first + plan.bars) * step_ms, "z": z, "label": label}
-    )
+        {"usable_ms": usable, "known_ms": opens[0] + (first + plan.bars) * step_ms, "z": z, "label": label},
+    ).with_columns(pl.Series("why", why, dtype=pl.String))
     unknown = pl.col("z").is_nan()
     return frame.with_columns(pl.when(~unknown).then(c).alias(c) for c in ("z", "label"))
 

@@ -30,14 +30,17 @@ from recur.models.text.classifier import TextClassifier
 from recur.models.text.encoder import Encoder, EncoderSpec, load_weights
 from recur.models.text.language import LanguageModel, grown, grown_classifier
 from recur.pipeline.artefact import environment
+from recur.pipeline.config import Config
 from recur.pipeline.labelled import Texts, read_labelled, read_texts, stratified
-from recur.pipeline.sentiment import KIND, evaluate_texts, open_sentiment, save_model
+from recur.pipeline.market_labels import MarketTexts, against_majority
+from recur.pipeline.sentiment import KIND, evaluate_texts, open_sentiment, save_model, score_texts
 from recur.pipeline.sentiment_fit import FinePlan, early_stopped, logits_of
 from recur.pipeline.sentiment_language import LanguagePlan, Progress, bf16_pays, pretrain
 from recur.pipeline.sentiment_metrics import fit_temperature
+from recur.pipeline.sentiment_run import begin, describe
 from recur.pipeline.text import TextCodec
 from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id
-from recur.vocabulary import DataMissing, UsageError, did_you_mean, parse_time
+from recur.vocabulary import DataMissing, UsageError, did_you_mean, iso, parse_time
 
 Say = Callable[[str, int, int], None]
 STATE = "language.safetensors"
@@ -152,10 +155,14 @@ def train_sentiment(
     base: str | None = None,
     plan: SentimentPlan | None = None,
     resume: str | None = None,
+    market: MarketTexts | None = None,
+    config: Config | None = None,
     say: Say = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Train one sentiment model; returns its metrics (validation, and test where the data has such a part).
 
+    ``market`` holds the texts where the market labels them; ``data`` are then the files they come from, if any. Texts of
+    ``pretraining`` that bear a time after its training part are not read. ``config`` is kept in the run.
     ``resume`` goes on with an unfinished run on the same files, from the last finished pass of its language model;
     fine-tuning, which takes minutes, begins again. Raises UsageError for files that do not fit.
     """
@@ -163,9 +170,13 @@ def train_sentiment(
     if base and pretraining:
         raise UsageError("Both --from and --pretrain were given.", "A run is either taken up or made afresh.")
     plan = plan or SentimentPlan()
-    texts = read_labelled(data)
+    texts = market.texts if market else read_labelled(data)
     corpus = read_texts(pretraining) if pretraining else None
+    if corpus and market:
+        corpus = corpus.before(market.train_until_ms)
     files = [_file(path) for path in (*data, *pretraining)]
+    if market:
+        files.append({"path": "labels from the market", "sha256": market.sha256, "rows": len(texts)})
     folder = (
         _resumed(home, resume, files)
         if resume
@@ -190,15 +201,18 @@ def train_sentiment(
         | set(parent.seen if parent else ())
     )
     windows = [parts.train.window(), *([corpus.window()] if corpus else [])]
+    if market:  # prices up to here have decided when to stop
+        windows.append({"since": None, "until": iso(market.known_until_ms)})
     if parent and parent.window:
         windows.append(open_run_window(home, parent.run_id))
     manifest: dict[str, Any] = {
         "run_id": folder.run_id, "kind": KIND, "model": "lstm", "status": RUNNING, "seed": plan.fine.seed,
         "device": "cpu", "parent": parent.run_id if parent else None, "data": files, "texts": texts.counts,
-        "training_window": _joined(windows), "training_texts": len(seen), **environment(),
+        "training_window": _joined(windows), "training_texts": len(seen),
+        "labels": market.summary if market else "human", **environment(),
     }  # fmt: skip
     if not resume:
-        folder.write_json("manifest.json", manifest)
+        begin(folder, config or Config(), plan.fine.epochs, plan.fine.seed, manifest)
     if parent:
         codec, pieces = parent.codec.extended(parts.train.text, plan.new_words)
         tokens = codec.encode(parts.train.text)
@@ -211,6 +225,7 @@ def train_sentiment(
     temperature = fine_tuned(net, codec, tokens, parts, plan, say)
     save_model(folder, net, language)
     folder.write_text("tokenizer.json", codec.to_json())
+    describe(folder, codec)
     folder.write_text("training_texts.txt", "\n".join(seen) + "\n")
     spec = {"encoder": language.encoder.spec.as_dict(), "temperature": temperature, "plan": asdict(plan)}
     folder.write_json("sentiment.json", spec)
@@ -220,12 +235,14 @@ def train_sentiment(
         "cpu_s": time.process_time() - cpu,
         **spent,
     }
-    metrics = _judged(folder, manifest, parts, home)
+    metrics = _judged(folder, manifest, parts, home, market)
     (folder.path / STATE).unlink(missing_ok=True)
     return metrics
 
 
-def _judged(folder: RunFolder, manifest: dict[str, Any], parts: Parts, home: Path) -> dict[str, Any]:
+def _judged(
+    folder: RunFolder, manifest: dict[str, Any], parts: Parts, home: Path, market: MarketTexts | None
+) -> dict[str, Any]:
     """Complete the run and write the metrics of the model as it is read back from disk."""
     folder.write_json("manifest.json", manifest)
     model = open_sentiment(home, folder.run_id)
@@ -236,6 +253,11 @@ def _judged(folder: RunFolder, manifest: dict[str, Any], parts: Parts, home: Pat
     }
     if len(parts.test):
         metrics["test"] = evaluate_texts(model, parts.test)
+    if market and len(parts.test):
+        p = score_texts(model, parts.test.text)
+        metrics["test"]["majority"] = against_majority(p, parts.test, parts.train, market.days)
+    if market:
+        metrics["labels"] = market.summary
     metrics |= {key: manifest[key] for key in ("texts", "wall_s", "cpu_s", "pretrain_s", "pretrain_cpu_s")}
     folder.write_json("metrics.json", metrics)
     return metrics
