@@ -532,6 +532,8 @@ def train(
         guess = did_you_mean(what, ["price", "sentiment"])
         raise UsageError(f"'{what}' cannot be trained: expected price or sentiment.{guess}")
     if what == "sentiment":
+        if epochs == 0:
+            raise UsageError("--epochs is 0: expected at least 1.")
         config = state.config(
             sentiment__epochs=epochs, train__seed=seed, market__symbols=_words(symbols),
             market__interval=interval, train__since=since, train__until=until,

@@ -150,7 +150,9 @@ def read_dated(paths: Sequence[Path]) -> pl.DataFrame:
         none = pl.Series("symbol", [None] * raw.height, dtype=pl.String)
         symbol = raw["symbol"].cast(pl.String).str.to_uppercase() if "symbol" in raw.columns else none
         frames.append(
-            pl.DataFrame([_strings(raw, _text_column(raw, path), path), published, day, symbol.alias("symbol")])
+            pl.DataFrame(
+                [_strings(raw, _text_column(raw, path), path), published, day, symbol.alias("symbol")]
+            )
         )
     return pl.concat(frames)
 

@@ -55,9 +55,7 @@ class MarketTexts:
     sha256: str
 
 
-def label_from_market(
-    store: Store, config: Config, files: Sequence[Path], validation: float
-) -> MarketTexts:
+def label_from_market(store: Store, config: Config, files: Sequence[Path], validation: float) -> MarketTexts:
     """Label the texts of ``files``, or without files the stored news, by the stored candles of ``config.market``.
 
     ``validation`` is the share of the texts before the test part that decides when to stop. ``config.train`` bounds the
@@ -66,7 +64,9 @@ def label_from_market(
     market, s = config.market, config.sentiment
     step = INTERVALS[market.interval]
     if not step:
-        raise UsageError(f"Reactions are not measured in bars of {market.interval}.", "Give a fixed --interval.")
+        raise UsageError(
+            f"Reactions are not measured in bars of {market.interval}.", "Give a fixed --interval."
+        )
     plan = ReactionPlan(
         s.reaction_bars, s.reaction_threshold, s.reaction_history, int(1000 * s.reaction_latency_s)
     )

@@ -10,7 +10,7 @@ with r the symbol's and m the market's log return over the window, and σ the st
 bars and β its slope over the ``history`` bars that closed before ``t`` (event study with estimation window, MacKinlay
 1997, J. Economic Literature 35, §4). Beyond ±``threshold`` the item is positive or negative, between them neutral.
 
-A label is known only at ``known_ms``, when its window has closed: ``purged`` keeps those that were known before a time.
+A label is known only at ``known_ms``, when its window has closed.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def reactions(
     """
     if candles.is_empty():
         raise DataMissing("There are no candles to measure reactions on.", "recur fetch brings them.")
-    opens, price, single = _grid(candles, step_ms)
+    opens, single = _grid(candles, step_ms)
     base = np.zeros_like(single)
     if market is not None:
-        their_opens, _, their_single = _grid(market, step_ms)
+        their_opens, their_single = _grid(market, step_ms)
         at = (opens - their_opens[0]) // step_ms
         inside = (at >= 0) & (at < len(their_single))
         base = np.where(inside, their_single[np.clip(at, 0, len(their_single) - 1)], np.nan)
@@ -112,17 +112,11 @@ def reactions(
     return frame.with_columns(pl.when(~unknown).then(c).alias(c) for c in ("z", "label"))
 
 
-def _grid(candles: pl.DataFrame, step_ms: int) -> tuple[IntArray, FloatArray, FloatArray]:
-    """(open times, opens, log return of each bar from its open to its close) on a grid without holes."""
+def _grid(candles: pl.DataFrame, step_ms: int) -> tuple[IntArray, FloatArray]:
+    """(open times, log return of each bar from its open to its close) on a grid without holes."""
     times = candles["open_time"].dt.epoch("ms").to_numpy()
     at = (times - times[0]) // step_ms
     size = int(at[-1]) + 1
-    price, single = np.full(size, np.nan), np.full(size, np.nan)
-    price[at] = candles["open"].to_numpy()
+    single = np.full(size, np.nan)
     single[at] = np.log(candles["close"].to_numpy() / candles["open"].to_numpy())
-    return times[0] + step_ms * np.arange(size, dtype=np.int64), price, single
-
-
-def purged(frame: pl.DataFrame, until_ms: int) -> pl.DataFrame:
-    """Rows whose label is there and was known by ``until_ms``: what a model trained then could learn from."""
-    return frame.filter(pl.col("label").is_not_null() & (pl.col("known_ms") <= until_ms))
+    return times[0] + step_ms * np.arange(size, dtype=np.int64), single

@@ -183,12 +183,13 @@ def early_stopped(
     check: tuple[Sequence[Sequence[int]], NDArray[np.int64]],
     plan: FinePlan,
     say: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
+) -> list[float]:
     """Fine-tune with the epoch chosen that serves the texts of ``check`` best: see ``plan.patience``.
 
-    What serves best has the least cross-entropy after its own temperature.
+    What serves best has the least cross-entropy after its own temperature; returns that of every epoch.
     """
     best, best_epoch, best_weights = np.inf, -1, net.state_dict()
+    values: list[float] = []
 
     def judge(epoch: int, current: TextClassifier) -> bool:
         nonlocal best, best_epoch, best_weights
@@ -196,6 +197,7 @@ def early_stopped(
         read = np.isfinite(logits).all(axis=1)
         t = fit_temperature(logits[read], check[1][read])
         value = cross_entropy(logits[read] / t, check[1][read])
+        values.append(value)
         if value < best:
             best, best_epoch = value, epoch
             best_weights = copy.deepcopy(current.state_dict())
@@ -204,3 +206,4 @@ def early_stopped(
 
     fine_tune(net, texts, labels, plan, judge)
     net.load_state_dict(best_weights)
+    return values

@@ -1,10 +1,12 @@
 """What the folder of a sentiment run holds beside the weights, so that it is read like any other run's.
 
-``config.toml`` with everything resolved, ``features.json`` with what the network reads and what it answers.
+``config.toml`` with everything resolved, ``features.json`` with what the network reads and what it answers, ``logs``
+with the curves of its training.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +27,23 @@ def begin(folder: RunFolder, config: Config, epochs: int, seed: int, manifest: d
     )
     folder.write_text("config.toml", dump_toml(resolved))
     folder.write_json("manifest.json", manifest)
+
+
+def write_curves(folder: RunFolder, curves: Mapping[str, Sequence[float]]) -> None:
+    """Write each curve, one value per pass or epoch, for TensorBoard and as CSV, where a price run has its own."""
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+    folder.logs.mkdir(parents=True, exist_ok=True)
+    loggers = [
+        TensorBoardLogger(folder.logs, name="tensorboard", version="whole"),
+        CSVLogger(folder.logs, name="csv", version="whole"),
+    ]
+    for logger in loggers:
+        for name, values in curves.items():
+            for step, value in enumerate(values):
+                logger.log_metrics({name: value}, step)
+        logger.save()
+        logger.finalize("success")
 
 
 def describe(folder: RunFolder, codec: TextCodec) -> None:

@@ -16,8 +16,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,11 @@ from recur.pipeline.artefact import environment
 from recur.pipeline.config import Config
 from recur.pipeline.labelled import Texts, read_labelled, read_texts, stratified
 from recur.pipeline.market_labels import MarketTexts, against_majority
-from recur.pipeline.sentiment import KIND, evaluate_texts, open_sentiment, save_model, score_texts
+from recur.pipeline.sentiment import KIND, evaluate_texts, open_sentiment, save_model, score_texts, sha256_of
 from recur.pipeline.sentiment_fit import FinePlan, early_stopped, logits_of
 from recur.pipeline.sentiment_language import LanguagePlan, Progress, bf16_pays, pretrain
 from recur.pipeline.sentiment_metrics import fit_temperature
-from recur.pipeline.sentiment_run import begin, describe
+from recur.pipeline.sentiment_run import begin, describe, write_curves
 from recur.pipeline.text import TextCodec
 from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id
 from recur.vocabulary import DataMissing, UsageError, did_you_mean, iso, parse_time
@@ -119,8 +119,9 @@ def fine_tuned(
     parts: Parts,
     plan: SentimentPlan,
     say: Say,
+    curves: dict[str, list[float]],
 ) -> float:
-    """Step 3: trains ``net`` in place; returns the temperature of its probabilities.
+    """Step 3: trains ``net`` in place; returns the temperature of its probabilities, and fills in ``curves``.
 
     The weights are the mean over ``plan.members`` fine-tunings that start at the same point (Wortsman et al. 2022,
     arXiv:2203.05482): most of what an ensemble gains, at the price of one network.
@@ -137,7 +138,9 @@ def fine_tuned(
         def told(done: int, _: int, member: int = member) -> None:
             say("fine-tuning", member * plan.fine.epochs + done, total)
 
-        early_stopped(net, tokens, parts.train.label, check, seeded, told)
+        curves[f"validation_loss_{member}"] = early_stopped(
+            net, tokens, parts.train.label, check, seeded, told
+        )
         for name, value in net.state_dict().items():
             mean[name] += value / plan.members
     net.load_state_dict(mean)
@@ -218,11 +221,16 @@ def train_sentiment(
         tokens = codec.encode(parts.train.text)
         language, net = grown(parent.language, pieces), grown_classifier(parent.net, pieces)
     else:
-        codec, language = _pretrained(folder, [*plain, *parts.train.text], plan, say)
+        with nullcontext() if resume else folder.unless_data_missing():
+            codec, language = _pretrained(folder, [*plain, *parts.train.text], plan, say)
         tokens = codec.encode(parts.train.text)
         net = adapted(language, [text for text in tokens if text], plan, say)
     spent = {"pretrain_s": time.monotonic() - started, "pretrain_cpu_s": time.process_time() - cpu}
-    temperature = fine_tuned(net, codec, tokens, parts, plan, say)
+    curves: dict[str, list[float]] = (
+        {} if parent else {"language_loss": folder.read_json("language.json")["losses"]}
+    )
+    temperature = fine_tuned(net, codec, tokens, parts, plan, say, curves)
+    write_curves(folder, curves)
     save_model(folder, net, language)
     folder.write_text("tokenizer.json", codec.to_json())
     describe(folder, codec)
@@ -231,6 +239,7 @@ def train_sentiment(
     folder.write_json("sentiment.json", spec)
     manifest |= {
         "status": COMPLETE,
+        "weights_sha256": sha256_of(folder.weights),
         "wall_s": time.monotonic() - started,
         "cpu_s": time.process_time() - cpu,
         **spent,
@@ -324,8 +333,7 @@ def _resumed(home: Path, resume: str, files: list[dict[str, Any]]) -> RunFolder:
 
 def _file(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            return {"path": str(path), "sha256": file_digest(file, "sha256").hexdigest()}
+        return {"path": str(path), "sha256": sha256_of(path)}
     except OSError as error:
         raise UsageError(f"Cannot read {path}: {error.strerror}.", "Check the path.") from error
 

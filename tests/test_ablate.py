@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -100,6 +101,19 @@ def test_scores_that_are_not_there_are_asked_for(home: Path) -> None:
     config = replace(config, features=replace(config.features, news=True, news_run="sentiment-none"))
     with pytest.raises(DataMissing, match="no scores of features"):
         train_price(home, config, resume=None, progress=False)
+
+
+def test_news_that_say_nothing_change_nothing(tmp_path: Path) -> None:
+    """Start, batches, dropout and steps are the same in both arms: without a word in time, so are the forecasts."""
+    store = Store(tmp_path)
+    store.put_candles(candles("BTCUSDT", START, 1500, seed=1), source="test", now_ms=START)
+    late = _news(1).with_columns(pl.col("published_at") + pl.duration(days=400))
+    put_items(store, late, source="test", now_ms=START, languages=("en",), backfill=True)
+    found = ablate_news(tmp_path, _config(), placebo=0, progress=False)
+    levels = pl.col("^q\\d+$")
+    one, two = (pl.read_parquet(RunFolder(tmp_path, found[arm]).predictions) for arm in ("with", "without"))
+    np.testing.assert_allclose(one.select(levels), two.select(levels), rtol=1e-3, atol=1e-7)
+    assert all(abs(part["gain"]) < 1e-3 for part in found["horizons"].values())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -125,12 +125,14 @@ def test_later_candles_change_no_earlier_label(
 ) -> None:
     _, before = labelled
     since = START + hour * HOUR_MS
-    store = store_with(
-        tmp_path, poisoned(candles("BTCUSDT", START, BARS, seed=1), since), news(HOURS)
-    )
+    store = store_with(tmp_path, poisoned(candles("BTCUSDT", START, BARS, seed=1), since), news(HOURS))
     after = label_from_market(store, config(), [], 0.1)
     assert (after.train_until_ms, after.known_until_ms) == (before.train_until_ms, before.known_until_ms)
-    closed = [k for k, at in enumerate(before.texts.published) if at and at // HOUR_MS * HOUR_MS + 5 * HOUR_MS <= since]
+    closed = [
+        k
+        for k, at in enumerate(before.texts.published)
+        if at and at // HOUR_MS * HOUR_MS + 5 * HOUR_MS <= since
+    ]
     assert after.texts.text == before.texts.text
     assert (after.texts.label[closed] == before.texts.label[closed]).all()
     later = [k for k in range(len(before.texts)) if k not in closed]
@@ -187,10 +189,14 @@ def test_another_coin_is_measured_against_bitcoin(tmp_path: Path) -> None:
     lead = candles("BTCUSDT", START, BARS, seed=1)
     store = store_with(tmp_path, lead, news(HOURS, [f"Solana item {h}" for h in HOURS]))
     # its own price is Bitcoin's to the second power: what it does beyond Bitcoin is nothing but rounding
-    same = lead.with_columns(symbol=pl.lit("SOLUSDT"), **{c: pl.col(c) ** 2 for c in ("open", "high", "low", "close")})
+    same = lead.with_columns(
+        symbol=pl.lit("SOLUSDT"), **{c: pl.col(c) ** 2 for c in ("open", "high", "low", "close")}
+    )
     noise = np.random.default_rng(0).normal(0, 1e-4, BARS)
     store.put_candles(
-        same.with_columns(close=pl.col("close") * np.exp(noise), high=pl.col("high") * 1.01, low=pl.col("low") * 0.99),
+        same.with_columns(
+            close=pl.col("close") * np.exp(noise), high=pl.col("high") * 1.01, low=pl.col("low") * 0.99
+        ),
         source="test",
         now_ms=START,
     )
@@ -211,9 +217,7 @@ def dated_file(folder: Path, **more: object) -> Path:
     frame = pl.DataFrame(
         {
             "text": [f"Filing {k}. " + " ".join(rng.choice(words, 300)) for k in range(len(HOURS))],
-            "published_at": [
-                from_ms(START + h * HOUR_MS).strftime("%Y-%m-%dT%H:%M:%SZ") for h in HOURS
-            ],
+            "published_at": [from_ms(START + h * HOUR_MS).strftime("%Y-%m-%dT%H:%M:%SZ") for h in HOURS],
             "symbol": ["btcusdt"] * len(HOURS),
             **more,
         }
@@ -238,7 +242,9 @@ def test_the_command_line_trains_on_long_dated_texts(
     kept, _ = load_config([folder.config], [], {})
     assert (kept.sentiment.reaction_bars, kept.train.seed, kept.sentiment.epochs) == (2, 4, 2)
     assert folder.read_json("features.json")["targets"] == ["negative", "neutral", "positive"]
-    assert cli.run(["--home", str(tmp_path), "train", "sentiment", "--label-from-market", "-s", "BTCUSDT"]) == 3
+    assert (
+        cli.run(["--home", str(tmp_path), "train", "sentiment", "--label-from-market", "-s", "BTCUSDT"]) == 3
+    )
     assert "holds no news to label" in capsys.readouterr().err
 
 
@@ -248,7 +254,10 @@ def test_pretraining_reads_nothing_from_after_the_training_part(
     store, found = labelled
     times = [found.train_until_ms - 1, found.train_until_ms, None]
     pl.DataFrame(
-        {"text": ["An early plain text", "A late plain text", "An undated plain text"], "published_at": times},
+        {
+            "text": ["An early plain text", "A late plain text", "An undated plain text"],
+            "published_at": times,
+        },
         schema_overrides={"published_at": pl.Int64},
     ).write_parquet(tmp_path / "plain.parquet")
     metrics = train_sentiment(store.home, [], [tmp_path / "plain.parquet"], plan=TINY, market=found)
@@ -261,7 +270,10 @@ def test_pretraining_reads_nothing_from_after_the_training_part(
     [
         ({"published_at": [None] * len(HOURS)}, "tells of no text when it was published"),
         ({"published_precision": ["hour"] * len(HOURS)}, "published_precision is 'hour'"),
-        ({"symbol": ["DOGEUSDT"] * len(HOURS)}, "238 texts leave 0 inside the candles: 238 speaks of no symbol"),
+        (
+            {"symbol": ["DOGEUSDT"] * len(HOURS)},
+            "238 texts leave 0 inside the candles: 238 speaks of no symbol",
+        ),
     ],
 )
 def test_files_that_cannot_be_labelled_are_refused(tmp_path: Path, texts: dict[str, Any], said: str) -> None:
@@ -294,7 +306,9 @@ def test_the_day_of_a_date_only_item_counts_as_over(tmp_path: Path) -> None:
     items = news(HOURS).with_columns(
         published_at=pl.col("published_at").dt.truncate("1d"), published_precision=pl.lit("day")
     )
-    found = label_from_market(store_with(tmp_path, candles("BTCUSDT", START, BARS, seed=1), items), config(), [], 0.1)
+    found = label_from_market(
+        store_with(tmp_path, candles("BTCUSDT", START, BARS, seed=1), items), config(), [], 0.1
+    )
     published = np.array(found.texts.published, dtype=np.int64)
     days = np.array([found.days[f] for f in found.texts.fingerprints])
     assert (days == published // DAY_MS + 1).all()
