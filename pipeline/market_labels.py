@@ -43,13 +43,15 @@ UNDATED, UNNAMED, BARE = "without a time", "speaks of no symbol", "no candles of
 class MarketTexts:
     """Labelled ``texts`` with their parts in ``split``; ``summary`` goes to the manifest.
 
-    Training labels were known by ``train_until_ms``, those of the validation part by ``known_until_ms``. ``days`` (N,) is
-    the UTC day on which each text became usable; ``sha256`` is of texts, labels and parts.
+    Training labels were known by ``train_until_ms``; the test part begins at ``known_until_ms`` and all other labels were
+    known by ``learned_until_ms``, at most as late. ``days`` is the UTC day on which each text (by fingerprint) became
+    usable; ``sha256`` is of texts, labels and parts.
     """
 
     texts: Texts
     train_until_ms: int
     known_until_ms: int
+    learned_until_ms: int
     days: dict[str, int]
     summary: dict[str, Any]
     sha256: str
@@ -110,7 +112,10 @@ def label_from_market(store: Store, config: Config, files: Sequence[Path], valid
     }
     digest = sha256("\n".join(map(str, kept.select("fingerprint", "label", "split").iter_rows())).encode())
     days = dict(zip(kept["fingerprint"], (kept["usable_ms"] // DAY_MS).to_list(), strict=True))
-    return MarketTexts(texts, train_until, known_until, days, summary, digest.hexdigest())
+    learned = kept.filter(pl.col("split") != "test")["known_ms"].max()
+    return MarketTexts(
+        texts, train_until, known_until, int(str(learned or train_until)), days, summary, digest.hexdigest()
+    )
 
 
 _PARTS = ("train", "validation", "test")

@@ -68,7 +68,10 @@ def open_sentiment(home: Path, run_id: str | None = None) -> SentimentModel:
         raise DataMissing(f"Run '{name}' is no sentiment model.", "Their ids begin with 'sentiment-'.")
     try:
         spec, manifest = folder.read_json("sentiment.json"), folder.read_manifest()
-        if manifest.get("weights_sha256") not in (None, sha256_of(folder.weights)):  # None: before there was one
+        if manifest.get("weights_sha256") not in (
+            None,
+            sha256_of(folder.weights),
+        ):  # None: before there was one
             raise ValueError("the weights are not those that were trained")
         sizes = EncoderSpec(**spec["encoder"])
         net, language = TextClassifier(Encoder(sizes)), LanguageModel(Encoder(sizes))

@@ -205,7 +205,7 @@ def train_sentiment(
     )
     windows = [parts.train.window(), *([corpus.window()] if corpus else [])]
     if market:  # prices up to here have decided when to stop
-        windows.append({"since": None, "until": iso(market.known_until_ms)})
+        windows.append({"since": None, "until": iso(market.learned_until_ms)})
     if parent and parent.window:
         windows.append(open_run_window(home, parent.run_id))
     manifest: dict[str, Any] = {
