@@ -78,17 +78,25 @@ def padded(
 
 
 def logits_of(net: TextClassifier, texts: Sequence[Sequence[int]], batch_tokens: int = 8192) -> FloatArray:
-    """(N, classes) of texts as token numbers, in batches of similar length; NaN for a text without tokens."""
+    """(N, classes) of texts as token numbers, in batches of similar length; NaN for a text without tokens.
+
+    Texts that are the same to the network are read once.
+    """
+    places: dict[tuple[int, ...], list[int]] = {}
+    for i, text in enumerate(texts):
+        if text:
+            places.setdefault(tuple(text), []).append(i)
     out = np.full((len(texts), net.out.out_features), np.nan, dtype=np.float32)
-    order = sorted((i for i, text in enumerate(texts) if text), key=lambda i: -len(texts[i]))
+    order = sorted(places, key=len, reverse=True)
     net.eval()
     with torch.inference_mode():
         at = 0
         while at < len(order):
-            size = max(1, min(256, batch_tokens // len(texts[order[at]])))
-            tokens, lengths, rows = padded(texts, np.array(order[at : at + size]))
-            out[rows] = net(tokens, lengths).numpy()
-            at += size
+            part = order[at : at + max(1, min(256, batch_tokens // len(order[at])))]
+            tokens, lengths, rows = padded(part, np.arange(len(part)))
+            for row, logits in zip(rows, net(tokens, lengths).numpy(), strict=True):
+                out[places[part[row]]] = logits
+            at += len(part)
     return out
 
 
