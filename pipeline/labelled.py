@@ -96,9 +96,15 @@ def read_labelled(paths: Sequence[Path]) -> Texts:
         )
     found = _unique(pl.concat(frames))
     present = sorted({CLASSES[k] for k in found.label})
+    if not present:
+        raise UsageError(
+            f"{' and '.join(map(str, paths))}: none of {found.counts['rows']} rows can be used:"
+            f" {found.counts['contradictions']} bear a label that contradicts another, {found.counts['empty']} no text.",
+            "Which of two labels of the same text is right?",
+        )
     if len(present) < 2:
         raise UsageError(
-            f"{' and '.join(map(str, paths))}: all {len(found)} texts are {' '.join(present) or 'unusable'}: "
+            f"{' and '.join(map(str, paths))}: all {len(found)} texts are {' '.join(present)}: "
             "expected at least two classes.",
             "A classifier cannot be trained or judged on one class.",
         )

@@ -38,7 +38,7 @@ from recur.pipeline.sentiment_fit import FinePlan, early_stopped, logits_of
 from recur.pipeline.sentiment_language import LanguagePlan, Progress, bf16_pays, pretrain
 from recur.pipeline.sentiment_metrics import fit_temperature
 from recur.pipeline.sentiment_run import begin, describe, write_curves
-from recur.pipeline.text import TextCodec
+from recur.pipeline.text import TextCodec, normalise
 from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id
 from recur.vocabulary import DataMissing, UsageError, did_you_mean, iso, parse_time
 
@@ -94,6 +94,11 @@ def divide(texts: Texts, share: float, seed: int) -> Parts:
             f"{len(texts)} labelled texts leave {len(train)} to train on and {len(validation)} to validate: too few.",
             "At least ten texts of each of two classes are needed.",
         )
+    for name, rows in (("training", train), ("validation", validation)):
+        if not any(normalise(texts.text[i]) for i in rows):
+            raise UsageError(
+                f"None of the {len(rows)} texts of the {name} part can be read.", "Is it the right column?"
+            )
     return Parts(texts.take(train), texts.take(validation), texts.take(test))
 
 

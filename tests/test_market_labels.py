@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from recur import cli
 from recur.models.text.encoder import Drops
-from recur.pipeline.config import Config
+from recur.pipeline.config import Config, MarketConfig
 from recur.pipeline.labelled import Texts
 from recur.pipeline.market_labels import MarketTexts, against_majority, label_from_market
 from recur.pipeline.news import put_items
@@ -36,9 +36,8 @@ TINY = SentimentPlan(
 )  # fmt: skip
 
 
-def config(**market: object) -> Config:
-    base = Config()
-    return replace(base, market=replace(base.market, **{"symbols": ("BTCUSDT",), **market}))
+def config(*symbols: str, interval: str = "1h") -> Config:
+    return replace(Config(), market=MarketConfig(symbols=symbols or ("BTCUSDT",), interval=interval))
 
 
 def news(hours: list[int], titles: list[str] | None = None) -> pl.DataFrame:
@@ -175,7 +174,7 @@ def test_what_cannot_be_labelled_is_counted_with_its_reason(tmp_path: Path) -> N
     titles = [f"Bitcoin item {k}" for k in range(len(hours))]
     titles[0], titles[5] = "Cardano item", titles[4].upper()
     store = store_with(tmp_path, bars, news(hours, titles))
-    found = label_from_market(store, config(symbols=("BTCUSDT", "SOLUSDT")), [], 0.1)
+    found = label_from_market(store, config("BTCUSDT", "SOLUSDT"), [], 0.1)
     assert found.summary["unlabelled"] == {
         "after the candles": 2,
         "bars are missing": 2,  # at 598, and at 600 in steps of eight
@@ -200,7 +199,7 @@ def test_another_coin_is_measured_against_bitcoin(tmp_path: Path) -> None:
         source="test",
         now_ms=START,
     )
-    found = label_from_market(store, config(symbols=("SOLUSDT",)), [], 0.1)
+    found = label_from_market(store, config("SOLUSDT"), [], 0.1)
     assert found.summary["market"] == "BTCUSDT"
     k = 20
     at = found.texts.published[k]

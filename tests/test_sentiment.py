@@ -268,6 +268,18 @@ def test_a_damaged_run_is_named(trained: tuple[Path, dict[str, Any]], tmp_path: 
         open_sentiment(tmp_path)
 
 
+def test_a_validation_part_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    rows = [
+        (f"{way} {k}", label, "train")
+        for k in range(20)
+        for way, label in (("up", "positive"), ("down", "negative"))
+    ]
+    rows += [("\x01\x02", "positive", "validation")]
+    pl.DataFrame(rows, schema=["text", "label", "split"], orient="row").write_csv(tmp_path / "x.csv")
+    with pytest.raises(UsageError, match="None of the 1 texts of the validation part can be read"):
+        train_sentiment(tmp_path, [tmp_path / "x.csv"], [], plan=SMALL)
+
+
 def test_too_few_texts_leave_no_run_behind(tmp_path: Path) -> None:
     rows = ["text,label", *(f"up {k},positive" for k in range(2)), *(f"down {k},negative" for k in range(2))]
     (tmp_path / "few.csv").write_text("\n".join(rows) + "\n", "utf-8")
