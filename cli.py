@@ -518,6 +518,13 @@ def train(
     base: Annotated[
         str | None, typer.Option("--from", metavar="RUN", help="sentiment: begin with this run's encoder.")
     ] = None,
+    from_market: Annotated[
+        bool,
+        typer.Option(
+            "--label-from-market",
+            help="sentiment: label the stored news, or dated texts of --data, by what the price did next.",
+        ),
+    ] = False,
 ) -> None:
     """Train a price model on what is stored, or a sentiment model on files of texts."""
     state: State = ctx.obj
@@ -525,10 +532,18 @@ def train(
         guess = did_you_mean(what, ["price", "sentiment"])
         raise UsageError(f"'{what}' cannot be trained: expected price or sentiment.{guess}")
     if what == "sentiment":
-        _train_sentiment(state, data or [], pretrain or [], base, epochs, seed, resume)
+        if epochs == 0:
+            raise UsageError("--epochs is 0: expected at least 1.")
+        config = state.config(
+            sentiment__epochs=epochs, train__seed=seed, market__symbols=_words(symbols),
+            market__interval=interval, train__since=since, train__until=until,
+        )  # fmt: skip
+        _train_sentiment(state, config, data or [], pretrain or [], base, resume, from_market)
         return
-    if data or pretrain or base:
-        raise UsageError("--data, --pretrain and --from belong to recur train sentiment.")
+    if data or pretrain or base or from_market:
+        raise UsageError(
+            "--data, --pretrain, --from and --label-from-market belong to recur train sentiment."
+        )
     config = state.config(
         model__name=model, train__epochs=epochs, train__seed=seed, train__device=device, train__pool=pool,
         market__symbols=_words(symbols), market__interval=interval, train__since=since, train__until=until,
@@ -541,25 +556,40 @@ def train(
 
 def _train_sentiment(
     state: State,
+    config: Config,
     data: Sequence[Path],
     pretrain: Sequence[Path],
     base: str | None,
-    epochs: int | None,
-    seed: int | None,
     resume: str | None,
+    from_market: bool,
 ) -> None:
-    if not data:
-        raise UsageError("recur train sentiment needs labelled texts.", "Give --data FILE; repeat for more.")
+    if not data and not from_market:
+        raise UsageError(
+            "recur train sentiment needs labelled texts.",
+            "Give --data FILE; repeat for more. --label-from-market labels stored news by their candles.",
+        )
     from recur.pipeline.sentiment_train import SentimentPlan, train_sentiment
 
-    plan = SentimentPlan().with_choices(epochs, seed)
+    plan, market = SentimentPlan().with_choices(config.sentiment.epochs or None, config.train.seed), None
+    if from_market:
+        from recur.pipeline.market_labels import label_from_market
+
+        market = label_from_market(state.store(config), config, data, plan.validation)
     with terminal.stages(state.progress) as say:
-        metrics = train_sentiment(state.home, data, pretrain, base=base, plan=plan, resume=resume, say=say)
+        metrics = train_sentiment(
+            state.home, data, pretrain, base=base, plan=plan, resume=resume, market=market, config=config,
+            say=say,
+        )  # fmt: skip
 
     def people() -> None:
         for part in ("validation", "test"):
             if part in metrics:
                 terminal.say_sentiment(f"{metrics['run_id']}, {part} part", metrics[part])
+        if usual := metrics.get("test", {}).get("majority"):
+            print(
+                f"Always saying {usual['class']}: {usual['accuracy']:.3f}. The model gains {usual['gain']:+.3f}"
+                f" ± {usual['se']:.3f} (standard error over {usual['days']} days)."
+            )
 
     state.result(metrics, people)
 

@@ -371,6 +371,34 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SentimentConfig:
+    """How texts are learned from."""
+
+    epochs: int = 0
+    """Most passes of each fine-tuning, 1 to 10000; 0 for as many as the shipped plan has."""
+
+    reaction_bars: int = 4
+    """With --label-from-market: bars that the price has to react, 1 to 1000."""
+
+    reaction_threshold: float = 0.75
+    """Standard deviations beyond which a reaction is positive or negative, above 0, at most 100."""
+
+    reaction_history: int = 168
+    """Bars before a text that say how far prices move anyway, 24 to 100000."""
+
+    reaction_latency_s: float = 60.0
+    """Seconds from publication to the earliest bar whose move counts, 0 to 86400."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "epochs": _within(0, 10_000), "reaction_bars": _within(1, 1000),
+            "reaction_threshold": _within(0, 100, open_low=True), "reaction_history": _within(24, 100_000),
+            "reaction_latency_s": _within(0, 86_400),
+        }  # fmt: skip
+        _verify(self, "sentiment", rules)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BacktestConfig:
     """How the model is judged out of sample."""
 
@@ -432,6 +460,7 @@ class Config:
     features: FeatureConfig = field(default_factory=FeatureConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    sentiment: SentimentConfig = field(default_factory=SentimentConfig)
     backtest: BacktestConfig = field(default_factory=BacktestConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from recur.connectors.files import load
 from recur.pipeline.text import fingerprint
-from recur.vocabulary import UsageError, did_you_mean, iso, parse_time
+from recur.vocabulary import DAY_MS, UsageError, did_you_mean, iso, parse_time
 
 CLASSES = ("negative", "neutral", "positive")
 _WORDS = {
@@ -29,6 +29,7 @@ _WORDS = {
 }  # fmt: skip
 _SPLITS = {"train": "train", "training": "train", "test": "test", "dev": "validation", "val": "validation"}
 _SPLITS |= {"valid": "validation", "validation": "validation"}
+_PRECISIONS = ("ms", "s", "minute", "day")
 _SHOWN = 5
 
 
@@ -62,6 +63,10 @@ class Texts:
             self.counts,
         )
 
+    def before(self, until_ms: int) -> Texts:
+        """The texts that were published before then, and those that bear no time."""
+        return self.take([i for i, at in enumerate(self.published) if at is None or at < until_ms])
+
     def window(self) -> dict[str, str | None]:
         """Earliest and latest publication, ISO-8601; None when no text carries its time."""
         known = [at for at in self.published if at is not None]
@@ -91,9 +96,15 @@ def read_labelled(paths: Sequence[Path]) -> Texts:
         )
     found = _unique(pl.concat(frames))
     present = sorted({CLASSES[k] for k in found.label})
+    if not present:
+        raise UsageError(
+            f"{' and '.join(map(str, paths))}: none of {found.counts['rows']} rows can be used:"
+            f" {found.counts['contradictions']} bear a label that contradicts another, {found.counts['empty']} no text.",
+            "Which of two labels of the same text is right?",
+        )
     if len(present) < 2:
         raise UsageError(
-            f"{' and '.join(map(str, paths))}: all {len(found)} texts are {' '.join(present) or 'unusable'}: "
+            f"{' and '.join(map(str, paths))}: all {len(found)} texts are {' '.join(present)}: "
             "expected at least two classes.",
             "A classifier cannot be trained or judged on one class.",
         )
@@ -116,6 +127,40 @@ def read_texts(paths: Sequence[Path]) -> Texts:
                 frames.append(pl.DataFrame({"text": _strings(raw, name, path), "published": times}))
     both = pl.concat(frames).with_columns(label=pl.lit(-1, pl.Int64), split=pl.lit(""))
     return _unique(both.select("text", "label", "split", "published"))
+
+
+def read_dated(paths: Sequence[Path]) -> pl.DataFrame:
+    """Every row of ``paths``: ``text``, ``published`` (UTC ms, null where the row has none), ``day`` and ``symbol``.
+
+    ``day`` marks times that are a date only: what ``published_precision`` says, else midnight sharp. ``symbol`` is null
+    where the file names none. Labels are not read. Raises UsageError for a file without dates.
+    """
+    frames = []
+    for path in paths:
+        raw = load(path)
+        published = _published(raw, path)
+        if published.null_count() == raw.height:
+            raise UsageError(
+                f"{path} tells of no text when it was published: expected a column published_at with times.",
+                "The market's reaction to a text can only be measured from its time on.",
+            )
+        day = (published % DAY_MS == 0).alias("day")
+        if "published_precision" in raw.columns:
+            given = raw["published_precision"].cast(pl.String)
+            odd = set(given.drop_nulls()) - set(_PRECISIONS)
+            if odd:
+                raise UsageError(
+                    f"{path}: published_precision is '{min(odd)}': expected {', '.join(_PRECISIONS)}."
+                )
+            day = pl.select(pl.coalesce(given == "day", day).alias("day")).to_series()
+        none = pl.Series("symbol", [None] * raw.height, dtype=pl.String)
+        symbol = raw["symbol"].cast(pl.String).str.to_uppercase() if "symbol" in raw.columns else none
+        frames.append(
+            pl.DataFrame(
+                [_strings(raw, _text_column(raw, path), path), published, day, symbol.alias("symbol")]
+            )
+        )
+    return pl.concat(frames)
 
 
 def read_rows(path: Path) -> list[str]:

@@ -10,7 +10,7 @@ with r the symbol's and m the market's log return over the window, and σ the st
 bars and β its slope over the ``history`` bars that closed before ``t`` (event study with estimation window, MacKinlay
 1997, J. Economic Literature 35, §4). Beyond ±``threshold`` the item is positive or negative, between them neutral.
 
-A label is known only at ``known_ms``, when its window has closed: ``purged`` keeps those that were known before a time.
+A label is known only at ``known_ms``, when its window has closed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ from recur.vocabulary import DAY_MS, DataMissing, UsageError
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
+
+
+BEFORE, AFTER = "before the candles and their history", "after the candles"
+MISSING, STILL = "bars are missing", "the price never moved"
+UNKNOWN = (BEFORE, AFTER, MISSING, STILL)
+"""Why an item has no label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,31 +63,37 @@ def reactions(
     plan: ReactionPlan,
     market: pl.DataFrame | None = None,
 ) -> pl.DataFrame:
-    """One row per item: ``usable_ms, known_ms, z, label`` (−1, 0, 1 as Int64); z and label are null where unknown.
+    """One row per item: ``usable_ms, known_ms, z, label`` (−1, 0, 1 as Int64) and ``why``; z and label are null where
+    unknown, and ``why``, else null, is one of ``UNKNOWN``: the window or its history reach beyond the candles, a bar of
+    the window or more than a tenth of the history is missing, or prices never moved.
 
     ``candles`` and ``market`` hold ``open_time, open, close``, sorted, one row per bar of ``step_ms``; without a market
-    β is 0. Unknown: a bar of the window or more than a tenth of the history is missing, or prices never moved.
+    β is 0. Whether a window lies inside the candles depends on their times alone.
     Raises DataMissing when ``candles`` has no row.
     """
     if candles.is_empty():
         raise DataMissing("There are no candles to measure reactions on.", "recur fetch brings them.")
-    opens, price, single = _grid(candles, step_ms)
+    opens, single = _grid(candles, step_ms)
     base = np.zeros_like(single)
     if market is not None:
-        their_opens, _, their_single = _grid(market, step_ms)
+        their_opens, their_single = _grid(market, step_ms)
         at = (opens - their_opens[0]) // step_ms
         inside = (at >= 0) & (at < len(their_single))
         base = np.where(inside, their_single[np.clip(at, 0, len(their_single) - 1)], np.nan)
     usable = usable_ms(published_ms, day_only, plan.latency_ms)
     first = -(-(usable - opens[0]) // step_ms)  # the first bar that opens at or after the item is usable
     z = np.full(len(usable), np.nan)
+    why: list[str | None] = [None] * len(usable)
     for k, i in enumerate(first.tolist()):
         end = i + plan.bars
-        if i - plan.history < 0 or end > len(opens) or np.isnan(price[i]):
+        if i - plan.history < 0 or end > len(opens):
+            why[k] = BEFORE if i - plan.history < 0 else AFTER
             continue
         r, m = single[i - plan.history : i], base[i - plan.history : i]
         known = np.isfinite(r) & np.isfinite(m)
-        if known.sum() < 0.9 * plan.history:
+        inner = np.concatenate([single[i:end], base[i:end]])
+        if known.sum() < 0.9 * plan.history or not np.isfinite(inner).all():
+            why[k] = MISSING
             continue
         beta = (
             float(np.cov(r[known], m[known])[0, 1] / v) if (v := float(np.var(m[known], ddof=1))) > 0 else 0.0
@@ -90,25 +102,21 @@ def reactions(
         abnormal = single[i:end].sum() - beta * base[i:end].sum()
         if sigma > 0:
             z[k] = abnormal / (sigma * np.sqrt(plan.bars))
+        else:
+            why[k] = STILL
     label = np.where(z > plan.threshold, 1, np.where(z < -plan.threshold, -1, 0))
     frame = pl.DataFrame(
-        {"usable_ms": usable, "known_ms": opens[0] + (first + plan.bars) * step_ms, "z": z, "label": label}
-    )
+        {"usable_ms": usable, "known_ms": opens[0] + (first + plan.bars) * step_ms, "z": z, "label": label},
+    ).with_columns(pl.Series("why", why, dtype=pl.String))
     unknown = pl.col("z").is_nan()
     return frame.with_columns(pl.when(~unknown).then(c).alias(c) for c in ("z", "label"))
 
 
-def _grid(candles: pl.DataFrame, step_ms: int) -> tuple[IntArray, FloatArray, FloatArray]:
-    """(open times, opens, log return of each bar from its open to its close) on a grid without holes."""
+def _grid(candles: pl.DataFrame, step_ms: int) -> tuple[IntArray, FloatArray]:
+    """(open times, log return of each bar from its open to its close) on a grid without holes."""
     times = candles["open_time"].dt.epoch("ms").to_numpy()
     at = (times - times[0]) // step_ms
     size = int(at[-1]) + 1
-    price, single = np.full(size, np.nan), np.full(size, np.nan)
-    price[at] = candles["open"].to_numpy()
+    single = np.full(size, np.nan)
     single[at] = np.log(candles["close"].to_numpy() / candles["open"].to_numpy())
-    return times[0] + step_ms * np.arange(size, dtype=np.int64), price, single
-
-
-def purged(frame: pl.DataFrame, until_ms: int) -> pl.DataFrame:
-    """Rows whose label is there and was known by ``until_ms``: what a model trained then could learn from."""
-    return frame.filter(pl.col("label").is_not_null() & (pl.col("known_ms") <= until_ms))
+    return times[0] + step_ms * np.arange(size, dtype=np.int64), single

@@ -42,9 +42,14 @@ def score_stored(home: Path, store: Store, run: str | None, now_ms: int) -> dict
     }
 
 
-def _scores(model: SentimentModel, part: pl.DataFrame, now_ms: int) -> pl.DataFrame:
+def item_texts(items: pl.DataFrame) -> list[str]:
+    """What is read of each item of a news frame: its title and the begin of its body."""
     both = pl.concat_str(pl.col("title").fill_null(""), pl.lit(". "), pl.col("body").fill_null(""))
-    texts = part.select(both.str.strip_chars(" .").str.head(TEXT_LIMIT)).to_series().to_list()
+    return items.select(both.str.strip_chars(" .").str.head(TEXT_LIMIT)).to_series().to_list()
+
+
+def _scores(model: SentimentModel, part: pl.DataFrame, now_ms: int) -> pl.DataFrame:
+    texts = item_texts(part)
     titles = part["title"].fill_null("").to_list()
     published = part["published_at"].dt.epoch("ms").to_list()
     known = np.array(contaminated(model, titles, published)) | np.array(contaminated(model, texts))

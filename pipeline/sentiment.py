@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -65,23 +66,40 @@ def open_sentiment(home: Path, run_id: str | None = None) -> SentimentModel:
     folder = open_run(home, name)
     if not name.startswith(f"{KIND}-"):
         raise DataMissing(f"Run '{name}' is no sentiment model.", "Their ids begin with 'sentiment-'.")
-    spec = folder.read_json("sentiment.json")
-    sizes = EncoderSpec(**spec["encoder"])
-    net, language = TextClassifier(Encoder(sizes)), LanguageModel(Encoder(sizes))
     try:
+        spec, manifest = folder.read_json("sentiment.json"), folder.read_manifest()
+        if manifest.get("weights_sha256") not in (
+            None,
+            sha256_of(folder.weights),
+        ):  # None: before there was one
+            raise ValueError("the weights are not those that were trained")
+        sizes = EncoderSpec(**spec["encoder"])
+        net, language = TextClassifier(Encoder(sizes)), LanguageModel(Encoder(sizes))
         tensors = load_file(folder.weights)
         load_weights(net, tensors, "classifier.")
         load_weights(language, tensors, "language.")
         codec = TextCodec.from_json((folder.path / "tokenizer.json").read_text("utf-8"))
+        if codec.size != sizes.vocabulary:
+            raise ValueError(f"the vocabulary has {codec.size} tokens, the network {sizes.vocabulary}")
         seen = frozenset((folder.path / "training_texts.txt").read_text("utf-8").split())
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        window, temperature = manifest["training_window"], float(spec["temperature"])
+        span = (parse_time(window["since"]), parse_time(window["until"])) if window["since"] else None
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DataMissing(
-            f"Run {name} cannot be loaded: {str(error).splitlines()[0]}",
-            "Train again with 'recur train sentiment'.",
+            f"Run {name} cannot be loaded: {_first_line(error)}.", "Train again with 'recur train sentiment'."
         ) from error
-    window = folder.read_manifest()["training_window"]
-    span = (parse_time(window["since"]), parse_time(window["until"])) if window["since"] else None
-    return SentimentModel(name, net.eval(), language.eval(), codec, float(spec["temperature"]), seen, span)
+    return SentimentModel(name, net.eval(), language.eval(), codec, temperature, seen, span)
+
+
+def _first_line(error: Exception) -> str:
+    said = f"no {error}" if isinstance(error, KeyError) else str(error)
+    return (said.splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def score_texts(model: SentimentModel, texts: Sequence[str]) -> FloatArray:

@@ -78,17 +78,25 @@ def padded(
 
 
 def logits_of(net: TextClassifier, texts: Sequence[Sequence[int]], batch_tokens: int = 8192) -> FloatArray:
-    """(N, classes) of texts as token numbers, in batches of similar length; NaN for a text without tokens."""
+    """(N, classes) of texts as token numbers, in batches of similar length; NaN for a text without tokens.
+
+    Texts that are the same to the network are read once.
+    """
+    places: dict[tuple[int, ...], list[int]] = {}
+    for i, text in enumerate(texts):
+        if text:
+            places.setdefault(tuple(text), []).append(i)
     out = np.full((len(texts), net.out.out_features), np.nan, dtype=np.float32)
-    order = sorted((i for i, text in enumerate(texts) if text), key=lambda i: -len(texts[i]))
+    order = sorted(places, key=len, reverse=True)
     net.eval()
     with torch.inference_mode():
         at = 0
         while at < len(order):
-            size = max(1, min(256, batch_tokens // len(texts[order[at]])))
-            tokens, lengths, rows = padded(texts, np.array(order[at : at + size]))
-            out[rows] = net(tokens, lengths).numpy()
-            at += size
+            part = order[at : at + max(1, min(256, batch_tokens // len(order[at])))]
+            tokens, lengths, rows = padded(part, np.arange(len(part)))
+            for row, logits in zip(rows, net(tokens, lengths).numpy(), strict=True):
+                out[places[part[row]]] = logits
+            at += len(part)
     return out
 
 
@@ -183,12 +191,13 @@ def early_stopped(
     check: tuple[Sequence[Sequence[int]], NDArray[np.int64]],
     plan: FinePlan,
     say: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
+) -> list[float]:
     """Fine-tune with the epoch chosen that serves the texts of ``check`` best: see ``plan.patience``.
 
-    What serves best has the least cross-entropy after its own temperature.
+    What serves best has the least cross-entropy after its own temperature; returns that of every epoch.
     """
     best, best_epoch, best_weights = np.inf, -1, net.state_dict()
+    values: list[float] = []
 
     def judge(epoch: int, current: TextClassifier) -> bool:
         nonlocal best, best_epoch, best_weights
@@ -196,6 +205,7 @@ def early_stopped(
         read = np.isfinite(logits).all(axis=1)
         t = fit_temperature(logits[read], check[1][read])
         value = cross_entropy(logits[read] / t, check[1][read])
+        values.append(value)
         if value < best:
             best, best_epoch = value, epoch
             best_weights = copy.deepcopy(current.state_dict())
@@ -204,3 +214,4 @@ def early_stopped(
 
     fine_tune(net, texts, labels, plan, judge)
     net.load_state_dict(best_weights)
+    return values

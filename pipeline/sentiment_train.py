@@ -16,8 +16,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,17 @@ from recur.models.text.classifier import TextClassifier
 from recur.models.text.encoder import Encoder, EncoderSpec, load_weights
 from recur.models.text.language import LanguageModel, grown, grown_classifier
 from recur.pipeline.artefact import environment
+from recur.pipeline.config import Config
 from recur.pipeline.labelled import Texts, read_labelled, read_texts, stratified
-from recur.pipeline.sentiment import KIND, evaluate_texts, open_sentiment, save_model
+from recur.pipeline.market_labels import MarketTexts, against_majority
+from recur.pipeline.sentiment import KIND, evaluate_texts, open_sentiment, save_model, score_texts, sha256_of
 from recur.pipeline.sentiment_fit import FinePlan, early_stopped, logits_of
 from recur.pipeline.sentiment_language import LanguagePlan, Progress, bf16_pays, pretrain
 from recur.pipeline.sentiment_metrics import fit_temperature
-from recur.pipeline.text import TextCodec
+from recur.pipeline.sentiment_run import begin, describe, write_curves
+from recur.pipeline.text import TextCodec, normalise
 from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id
-from recur.vocabulary import DataMissing, UsageError, did_you_mean, parse_time
+from recur.vocabulary import DataMissing, UsageError, did_you_mean, iso, parse_time
 
 Say = Callable[[str, int, int], None]
 STATE = "language.safetensors"
@@ -91,6 +94,11 @@ def divide(texts: Texts, share: float, seed: int) -> Parts:
             f"{len(texts)} labelled texts leave {len(train)} to train on and {len(validation)} to validate: too few.",
             "At least ten texts of each of two classes are needed.",
         )
+    for name, rows in (("training", train), ("validation", validation)):
+        if not any(normalise(texts.text[i]) for i in rows):
+            raise UsageError(
+                f"None of the {len(rows)} texts of the {name} part can be read.", "Is it the right column?"
+            )
     return Parts(texts.take(train), texts.take(validation), texts.take(test))
 
 
@@ -117,8 +125,9 @@ def fine_tuned(
     parts: Parts,
     plan: SentimentPlan,
     say: Say,
+    curves: dict[str, list[float]],
 ) -> float:
-    """Step 3: trains ``net`` in place; returns the temperature of its probabilities.
+    """Step 3: trains ``net`` in place; returns the temperature of its probabilities, and fills in ``curves``.
 
     The weights are the mean over ``plan.members`` fine-tunings that start at the same point (Wortsman et al. 2022,
     arXiv:2203.05482): most of what an ensemble gains, at the price of one network.
@@ -135,7 +144,9 @@ def fine_tuned(
         def told(done: int, _: int, member: int = member) -> None:
             say("fine-tuning", member * plan.fine.epochs + done, total)
 
-        early_stopped(net, tokens, parts.train.label, check, seeded, told)
+        curves[f"validation_loss_{member}"] = early_stopped(
+            net, tokens, parts.train.label, check, seeded, told
+        )
         for name, value in net.state_dict().items():
             mean[name] += value / plan.members
     net.load_state_dict(mean)
@@ -153,10 +164,14 @@ def train_sentiment(
     base: str | None = None,
     plan: SentimentPlan | None = None,
     resume: str | None = None,
+    market: MarketTexts | None = None,
+    config: Config | None = None,
     say: Say = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Train one sentiment model; returns its metrics (validation, and test where the data has such a part).
 
+    ``market`` holds the texts where the market labels them; ``data`` are then the files they come from, if any. Texts of
+    ``pretraining`` that bear a time after its training part are not read. ``config`` is kept in the run.
     ``resume`` goes on with an unfinished run on the same files, from the last finished pass of its language model;
     fine-tuning, which takes minutes, begins again. Raises UsageError for files that do not fit.
     """
@@ -164,9 +179,13 @@ def train_sentiment(
     if base and pretraining:
         raise UsageError("Both --from and --pretrain were given.", "A run is either taken up or made afresh.")
     plan = plan or SentimentPlan()
-    texts = read_labelled(data)
+    texts = market.texts if market else read_labelled(data)
     corpus = read_texts(pretraining) if pretraining else None
+    if corpus and market:
+        corpus = corpus.before(market.train_until_ms)
     files = [_file(path) for path in (*data, *pretraining)]
+    if market:
+        files.append({"path": "labels from the market", "sha256": market.sha256, "rows": len(texts)})
     folder = (
         _resumed(home, resume, files)
         if resume
@@ -191,45 +210,57 @@ def train_sentiment(
         | set(parent.seen if parent else ())
     )
     windows = [parts.train.window(), *([corpus.window()] if corpus else [])]
+    if market:  # prices up to here have decided when to stop
+        windows.append({"since": None, "until": iso(market.learned_until_ms)})
     if parent and parent.window:
         windows.append(open_run_window(home, parent.run_id))
     manifest: dict[str, Any] = {
         "run_id": folder.run_id, "kind": KIND, "model": "lstm", "status": RUNNING, "seed": plan.fine.seed,
         "device": "cpu", "parent": parent.run_id if parent else None, "data": files, "texts": texts.counts,
-        "training_window": _joined(windows), "training_texts": len(seen), **environment(),
+        "training_window": _joined(windows), "training_texts": len(seen),
+        "labels": market.summary if market else "human", **environment(),
     }  # fmt: skip
     if not resume:
-        folder.write_json("manifest.json", manifest)
+        begin(folder, config or Config(), plan.fine.epochs, plan.fine.seed, manifest)
     if parent:
         codec, pieces = parent.codec.extended(parts.train.text, plan.new_words)
         tokens = codec.encode(parts.train.text)
         language, net = grown(parent.language, pieces), grown_classifier(parent.net, pieces)
     else:
-        codec, language = _pretrained(folder, [*plain, *parts.train.text], plan, say)
+        with nullcontext() if resume else folder.unless_data_missing():
+            codec, language = _pretrained(folder, [*plain, *parts.train.text], plan, say)
         tokens = codec.encode(parts.train.text)
         torch.manual_seed(plan.fine.seed)
         net = TextClassifier(Encoder(language.encoder.spec))
         net.encoder.load_state_dict(language.encoder.state_dict())
     adapt(language, net, [text for text in tokens if text], plan, say)
     spent = {"pretrain_s": time.monotonic() - started, "pretrain_cpu_s": time.process_time() - cpu}
-    temperature = fine_tuned(net, codec, tokens, parts, plan, say)
+    curves: dict[str, list[float]] = (
+        {} if parent else {"language_loss": folder.read_json("language.json")["losses"]}
+    )
+    temperature = fine_tuned(net, codec, tokens, parts, plan, say, curves)
+    write_curves(folder, curves)
     save_model(folder, net, language)
     folder.write_text("tokenizer.json", codec.to_json())
+    describe(folder, codec)
     folder.write_text("training_texts.txt", "\n".join(seen) + "\n")
     spec = {"encoder": language.encoder.spec.as_dict(), "temperature": temperature, "plan": asdict(plan)}
     folder.write_json("sentiment.json", spec)
     manifest |= {
         "status": COMPLETE,
+        "weights_sha256": sha256_of(folder.weights),
         "wall_s": time.monotonic() - started,
         "cpu_s": time.process_time() - cpu,
         **spent,
     }
-    metrics = _judged(folder, manifest, parts, home)
+    metrics = _judged(folder, manifest, parts, home, market)
     (folder.path / STATE).unlink(missing_ok=True)
     return metrics
 
 
-def _judged(folder: RunFolder, manifest: dict[str, Any], parts: Parts, home: Path) -> dict[str, Any]:
+def _judged(
+    folder: RunFolder, manifest: dict[str, Any], parts: Parts, home: Path, market: MarketTexts | None
+) -> dict[str, Any]:
     """Complete the run and write the metrics of the model as it is read back from disk."""
     folder.write_json("manifest.json", manifest)
     model = open_sentiment(home, folder.run_id)
@@ -240,6 +271,11 @@ def _judged(folder: RunFolder, manifest: dict[str, Any], parts: Parts, home: Pat
     }
     if len(parts.test):
         metrics["test"] = evaluate_texts(model, parts.test)
+    if market and len(parts.test):
+        p = score_texts(model, parts.test.text)
+        metrics["test"]["majority"] = against_majority(p, parts.test, parts.train, market.days)
+    if market:
+        metrics["labels"] = market.summary
     metrics |= {key: manifest[key] for key in ("texts", "wall_s", "cpu_s", "pretrain_s", "pretrain_cpu_s")}
     folder.write_json("metrics.json", metrics)
     return metrics
@@ -306,8 +342,7 @@ def _resumed(home: Path, resume: str, files: list[dict[str, Any]]) -> RunFolder:
 
 def _file(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            return {"path": str(path), "sha256": file_digest(file, "sha256").hexdigest()}
+        return {"path": str(path), "sha256": sha256_of(path)}
     except OSError as error:
         raise UsageError(f"Cannot read {path}: {error.strerror}.", "Check the path.") from error
 

@@ -301,12 +301,13 @@ class TextCodec:
         """The vocabulary that :meth:`to_json` wrote; DataMissing when it is broken or lacks the marks."""
         try:
             found = json.loads(text)
+            words = [str(word) for word in found["words"]]
             tokenizer = Tokenizer.from_str(json.dumps(found["tokenizer"]))
         except Exception as error:
             raise DataMissing(f"The vocabulary cannot be read: {error}.", "Train the run again.") from error
         if [tokenizer.token_to_id(mark) for mark in MARKS] != list(range(len(MARKS))):
             raise DataMissing("The vocabulary lacks the marks of this version.", "Train the run again.")
-        return cls(tokenizer, found["words"])
+        return cls(tokenizer, words)
 
     def to_json(self) -> str:
         found = {"tokenizer": json.loads(self._tokenizer.to_str()), "words": self._words}

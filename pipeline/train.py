@@ -15,6 +15,7 @@ import torch
 from recur.models.forecaster import Forecaster, ForecasterSpec
 from recur.models.own import source_sha256
 from recur.models.registry import Core, find_core, is_own, model_label
+from recur.models.widen import begin_as
 from recur.pipeline import artefact as art
 from recur.pipeline.config import Config
 from recur.pipeline.dataset import RawSeries, SeriesArrays, Split, arrays, fit_transform, make_split
@@ -29,6 +30,7 @@ from recur.pipeline.load import (
     stored_news,
     stored_series,
 )
+from recur.pipeline.newsfeatures import NAMES as NEWS
 from recur.pipeline.settings import dump_toml, load_config
 from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id
 from recur.vocabulary import INTERVALS, UsageError, did_you_mean, iso, next_open, parse_time
@@ -39,15 +41,35 @@ _log = logging.getLogger(__name__)
 def build_net(
     config: Config, transform: FeatureTransform, symbols: dict[str, int], core: Core | None = None
 ) -> Forecaster:
-    """A fresh network around ``core`` (else the configured model); its weights depend on ``train.seed`` alone."""
+    """A fresh network around ``core`` (else the configured model); its weights depend on ``train.seed`` alone.
+
+    With news it begins as the same network without them: their weights start at zero, so that what the two forecast
+    differs by what they learned and not by where they began.
+    """
     core = core or find_core(config.model.name)
+    names = transform.names
+    net = _fresh_net(config, len(names), transform.horizons, len(symbols) + 1, core)
+    if transform.has_news:
+        rest = len(names) - len(NEWS)
+        narrow = _fresh_net(config, rest, transform.horizons, len(symbols) + 1, core)
+        if not begin_as(net, narrow, names.index(NEWS[0]), len(NEWS)):
+            _log.warning(
+                "with news, %s begins from other weights than without: do not compare single runs of the two",
+                model_label(core.name),
+            )
+    return net
+
+
+def _fresh_net(
+    config: Config, n_features: int, horizons: tuple[int, ...], n_symbols: int, core: Core
+) -> Forecaster:
     torch.manual_seed(config.train.seed)
     return Forecaster(
         ForecasterSpec(
             model=Path(core.name).name,
-            n_features=len(transform.names),
-            n_symbols=len(symbols) + 1,
-            horizons=transform.horizons,
+            n_features=n_features,
+            n_symbols=n_symbols,
+            horizons=horizons,
             hidden=config.model.hidden,
             layers=config.model.layers,
             embed=config.model.embed,

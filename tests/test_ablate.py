@@ -6,13 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
+import torch
 
+from recur.models.registry import MODELS
+from recur.models.widen import begin_as
 from recur.pipeline.ablate import ablate_news
 from recur.pipeline.config import Config
+from recur.pipeline.features import FeatureTransform
 from recur.pipeline.news import put_items
-from recur.pipeline.train import train_price
+from recur.pipeline.newsfeatures import NAMES
+from recur.pipeline.train import build_net, train_price
 from recur.storage.runs import RunFolder
 from recur.storage.store import Store
 from recur.vocabulary import DAY_MS, HOUR_MS, DataMissing, parse_time
@@ -95,3 +101,62 @@ def test_scores_that_are_not_there_are_asked_for(home: Path) -> None:
     config = replace(config, features=replace(config.features, news=True, news_run="sentiment-none"))
     with pytest.raises(DataMissing, match="no scores of features"):
         train_price(home, config, resume=None, progress=False)
+
+
+def test_news_that_say_nothing_change_nothing(tmp_path: Path) -> None:
+    """Start, batches, dropout and steps are the same in both arms: without a word in time, so are the forecasts."""
+    store = Store(tmp_path)
+    store.put_candles(candles("BTCUSDT", START, 1500, seed=1), source="test", now_ms=START)
+    late = _news(1).with_columns(pl.col("published_at") + pl.duration(days=400))
+    put_items(store, late, source="test", now_ms=START, languages=("en",), backfill=True)
+    found = ablate_news(tmp_path, _config(), placebo=0, progress=False)
+    levels = pl.col("^q\\d+$")
+    one, two = (pl.read_parquet(RunFolder(tmp_path, found[arm]).predictions) for arm in ("with", "without"))
+    np.testing.assert_allclose(one.select(levels), two.select(levels), rtol=1e-3, atol=1e-7)
+    assert all(abs(part["gain"]) < 1e-3 for part in found["horizons"].values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_arms_begin_as_the_same_forecaster(name: str) -> None:
+    config = replace(_config(), model=replace(_config().model, name=name, hidden=16, layers=2))
+    horizons = config.train.horizons
+    without = FeatureTransform("1h", horizons)
+    plain = build_net(config, without, {"BTCUSDT": 1}).eval()
+    news = build_net(config, replace(without, has_news=True), {"BTCUSDT": 1}).eval()
+    x = torch.randn(3, 12, len(without.names), generator=torch.Generator().manual_seed(1))
+    told = 3 * torch.randn(3, 12, len(NAMES), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():  # the heads begin at zero: the state is what tells two starts apart
+        symbol = torch.tensor([1, 0, 1])
+        y, _ = plain.core(plain.inputs(x, symbol))
+        y_news, _ = news.core(news.inputs(torch.cat([x, told], -1), symbol))
+    torch.testing.assert_close(y_news, y, atol=1e-5, rtol=1e-5)
+    assert y.std() > 1e-3
+
+
+def test_the_news_are_learned_from_the_first_step_on() -> None:
+    without = FeatureTransform("1h", (1, 6, 24))
+    net = build_net(_config(), replace(without, has_news=True), {"BTCUSDT": 1})
+    at, n = len(without.names), len(NAMES)
+    x = torch.randn(2, 12, at + n, generator=torch.Generator().manual_seed(1))
+    y, _ = net.core(net.inputs(x, torch.tensor([1, 1])))
+    wide = at + n + _config().model.embed
+    (weight,) = [p for name, p in net.named_parameters() if name.startswith("core.") and p.shape[-1] == wide]
+    (grad,) = torch.autograd.grad(y.square().sum(), weight)
+    assert not weight[:, at : at + n].any()
+    assert (grad[:, at : at + n] != 0).any(dim=0).all()
+
+
+class Odd(torch.nn.Module):
+    """As many layers as inputs."""
+
+    def __init__(self, d_in: int) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(d_in))
+
+
+def test_a_network_of_another_build_keeps_its_own_start() -> None:
+    wide = Odd(5)
+    before = [p.clone() for p in wide.parameters()]
+    assert not begin_as(wide, Odd(3), 2, 2)
+    assert not begin_as(torch.nn.Linear(5, 5), torch.nn.Linear(3, 3), 2, 2)
+    assert all(torch.equal(p, q) for p, q in zip(wide.parameters(), before, strict=True))

@@ -17,7 +17,7 @@ def test_without_anything_the_defaults_hold() -> None:
     assert config == Config()
     assert config.market.symbols == ("BTCUSDT", "ETHUSDT", "SOLUSDT", "BNBUSDT")
     assert provenance["train.epochs"] == (4, "default")
-    assert len(provenance) == 52
+    assert len(provenance) == 57
 
 
 def test_later_files_win_then_set_then_flags(tmp_path: Path) -> None:

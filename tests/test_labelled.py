@@ -122,3 +122,10 @@ def test_a_stratified_part_holds_its_share_of_every_class() -> None:
     assert np.bincount(label[out]).tolist() == [20, 10, 2]
     assert sorted([*kept, *out]) == list(range(160))
     assert not np.array_equal(stratified(label, 0.2, seed=1)[1], out)
+
+
+def test_a_file_of_contradictions_alone_says_so(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match="none of 3 rows can be used: 2 bear a label that contradicts another, 1 no text"
+    ):
+        read_labelled([csv(tmp_path, "Odd,neutral", "odd,negative", ",positive")])

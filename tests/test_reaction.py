@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from recur.pipeline.reaction import ReactionPlan, purged, reactions, usable_ms
+from recur.pipeline.reaction import ReactionPlan, reactions, usable_ms
 from recur.vocabulary import DAY_MS, HOUR_MS, DataMissing, UsageError
 
 START = 1_704_067_200_000  # 2024-01-01
@@ -73,14 +73,11 @@ def test_holes_and_edges_have_no_label() -> None:
     assert found["label"].to_list() == [None]
     edges = [START, START + 46 * HOUR_MS, START + 98 * HOUR_MS, START + 99 * HOUR_MS, START + 500 * HOUR_MS]
     assert labels(calm(), edges)["label"].to_list() == [None] * 5
-    assert labels(np.zeros(100), [at])["label"].to_list() == [None]
-
-
-def test_purging_leaves_only_labels_that_were_known() -> None:
-    hours = [55, 60, 65]
-    found = labels(calm(), [START + h * HOUR_MS - 120_000 for h in hours])
-    assert purged(found, START + 62 * HOUR_MS).height == 2
-    assert purged(found, START + 62 * HOUR_MS - 1).height == 1
+    before, after = "before the candles and their history", "after the candles"
+    assert labels(calm(), edges)["why"].to_list() == [before, before, after, after, after]
+    still = labels(np.zeros(100), [at])
+    assert (still["label"].to_list(), still["why"].to_list()) == ([None], ["the price never moved"])
+    assert (found["why"].to_list(), labels(calm(), [at])["why"].to_list()) == (["bars are missing"], [None])
 
 
 def test_wrong_plans_and_empty_candles_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from recur.pipeline.sentiment_fit import FinePlan
 from recur.pipeline.sentiment_language import LanguagePlan
 from recur.pipeline.sentiment_trace import trace
 from recur.pipeline.sentiment_train import SentimentPlan, train_sentiment
+from recur.pipeline.settings import load_config
 from recur.storage.runs import RunFolder
 from recur.storage.store import Store
 from recur.vocabulary import DataMissing, UsageError, parse_time
@@ -114,7 +116,7 @@ def test_a_text_scores_alike_alone_and_among_others(trained: tuple[Path, dict[st
     model = open_sentiment(trained[0])
     texts = headlines(30, seed=5)["text"].to_list()
     together = score_texts(model, texts)
-    alone = np.concatenate([score_texts(model, [text]) for text in texts])
+    alone = np.concatenate([score_texts(model, [text]) for text in texts])  # by another kernel: they are few
     np.testing.assert_allclose(together, alone, atol=1e-6)
     np.testing.assert_allclose(together.sum(1), 1, atol=1e-6)
 
@@ -223,15 +225,74 @@ def test_wrong_use_is_one_line_with_its_code(
     assert said in capsys.readouterr().err
 
 
-def test_a_damaged_run_is_named(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    home, metrics = trained
-    source = RunFolder(home, metrics["run_id"]).path
-    target = tmp_path / "runs" / metrics["run_id"]
-    target.mkdir(parents=True)
-    for file in source.iterdir():
-        (target / file.name).write_bytes(file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None])
-    with pytest.raises(DataMissing, match="cannot be loaded"):
+def test_a_run_holds_what_every_run_holds(trained: tuple[Path, dict[str, Any]]) -> None:
+    folder = RunFolder(trained[0], trained[1]["run_id"])
+    config, _ = load_config([folder.config], [], {})
+    assert (config.train.seed, config.sentiment.epochs) == (0, SMALL.fine.epochs)
+    features = folder.read_json("features.json")
+    assert [f["name"] for f in features["features"]] == ["tokens"]
+    assert features["targets"] == list(CLASSES)
+    curves = pl.read_csv(next(folder.logs.glob("csv/*/metrics.csv")))
+    losses = curves["language_loss"].drop_nulls().to_list()
+    assert len(losses) == SMALL.language.epochs
+    assert losses[-1] < losses[0]
+    assert len(curves["validation_loss_0"].drop_nulls()) == SMALL.fine.epochs
+    assert list(folder.logs.glob("tensorboard/*/events*"))
+    assert folder.read_manifest()["labels"] == "human"
+
+
+def damage(folder: Path, name: str) -> None:
+    """Cut the weights short, change one of them, or take a part out of a description."""
+    path = folder / name
+    if name == "model.safetensors.cut":
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:1000])
+    elif path.suffix == ".safetensors":
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 0x40
+        path.write_bytes(bytes(data))
+    elif path.suffix == ".json":
+        held = json.loads(path.read_text("utf-8"))
+        held.pop(
+            {"sentiment.json": "encoder", "tokenizer.json": "words", "manifest.json": "training_window"}[name]
+        )
+        path.write_text(json.dumps(held), "utf-8")
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors.cut", "model.safetensors", "sentiment.json", "tokenizer.json", "manifest.json",
+     "training_texts.txt"],
+)  # fmt: skip
+def test_a_damaged_run_is_named(trained: tuple[Path, dict[str, Any]], tmp_path: Path, name: str) -> None:
+    run = trained[1]["run_id"]
+    shutil.copytree(RunFolder(trained[0], run).path, tmp_path / "runs" / run)
+    assert open_sentiment(tmp_path).run_id == run
+    damage(tmp_path / "runs" / run, name)
+    with pytest.raises(DataMissing, match=r"cannot be (loaded|read)"):
         open_sentiment(tmp_path)
+
+
+def test_a_validation_part_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    rows = [
+        (f"{way} {k}", label, "train")
+        for k in range(20)
+        for way, label in (("up", "positive"), ("down", "negative"))
+    ]
+    rows += [("\x01\x02", "positive", "validation")]
+    pl.DataFrame(rows, schema=["text", "label", "split"], orient="row").write_csv(tmp_path / "x.csv")
+    with pytest.raises(UsageError, match="None of the 1 texts of the validation part can be read"):
+        train_sentiment(tmp_path, [tmp_path / "x.csv"], [], plan=SMALL)
+
+
+def test_too_few_texts_leave_no_run_behind(tmp_path: Path) -> None:
+    rows = ["text,label", *(f"up {k},positive" for k in range(2)), *(f"down {k},negative" for k in range(2))]
+    (tmp_path / "few.csv").write_text("\n".join(rows) + "\n", "utf-8")
+    with pytest.raises((DataMissing, UsageError), match="too few"):
+        train_sentiment(tmp_path, [tmp_path / "few.csv"], [], plan=SMALL)
+    assert not list((tmp_path / "runs").glob("*"))
 
 
 def test_a_trace_ends_with_the_score_of_the_text(trained: tuple[Path, dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from recur.models.text.classifier import Pool, TextClassifier, reversed_rows
 from recur.models.text.encoder import Drops, Encoder, EncoderSpec
 from recur.models.text.language import LanguageModel, draw_sample
 from recur.models.text.recurrence import Recurrence
-from recur.pipeline.sentiment_fit import FinePlan, class_weights, fine_tune, layer_groups
+from recur.pipeline.sentiment_fit import FinePlan, class_weights, fine_tune, layer_groups, logits_of
 from recur.pipeline.sentiment_language import LanguagePlan, pretrain, stretches
 from recur.pipeline.sentiment_metrics import auc, calibration_error, evaluate, fit_temperature
 
@@ -199,3 +199,36 @@ def test_layers_are_held_back_until_their_epoch() -> None:
     fine_tune(net, texts, np.array([0, 1, 2, 0]), FinePlan(epochs=3, batch=2, unfreeze=1), look)
     assert [row.count(True) for row in moved] == [1, 2, 3]
     assert all(p.requires_grad for p in net.parameters())
+
+
+def test_reading_without_gradients_gives_what_reading_with_them_gives() -> None:
+    torch.manual_seed(0)
+    model = Recurrence(5, 9, 6, 2).eval()
+    distinct, index = torch.randn(7, 5), torch.randint(0, 7, (12, 8))
+    lengths = torch.tensor([8, 8, 8, 7, 5, 5, 4, 2, 1, 1, 1, 1])
+    before = {name: torch.randn_like(part) for name, part in model.init_state(12).items()}
+    with torch.inference_mode():
+        y, after = model.read_distinct(distinct, index, lengths, before)
+        few, _ = model.read_distinct(distinct, index[:3], lengths[:3])
+    expected, _ = model.read(distinct[index], lengths, before)
+    torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(few, model.read(distinct[index[:3]], lengths[:3])[0], atol=1e-6, rtol=1e-5)
+    for k, n in enumerate(lengths.tolist()):  # the state of every row is that after its own end
+        _, last = model(
+            distinct[index[k : k + 1, :n]], {name: part[k : k + 1] for name, part in before.items()}
+        )
+        for name in last:
+            torch.testing.assert_close(after[name][k], last[name][0], atol=1e-6, rtol=1e-5)
+
+
+def test_texts_that_are_the_same_to_the_network_are_read_once() -> None:
+    torch.manual_seed(0)
+    net = TextClassifier(Encoder(SPEC))
+    read: list[int] = []
+    net.register_forward_hook(lambda module, inputs, output: read.append(len(output)))
+    logits = logits_of(net, [[12, 13], [14], [], [12, 13], [14, 15, 16], [12, 13]])
+    assert sum(read) == 3
+    assert np.isnan(logits[2]).all()
+    assert (logits[0] == logits[3]).all()
+    assert (logits[0] == logits[5]).all()
+    np.testing.assert_allclose(logits[[0, 1, 4]], logits_of(net, [[12, 13], [14], [14, 15, 16]]), atol=1e-6)

@@ -107,7 +107,12 @@ class TextClassifier(nn.Module):
             if state is not None:
                 state = {k: v[:rows] for k, v in state.items()}
             with torch.set_grad_enabled(torch.is_grad_enabled() and len(starts) - nth <= GRADIENT_CHUNKS):
-                y, state = part.read(self.encoder.embed(piece, part.rng), left, state)
+                if torch.is_inference_mode_enabled():
+                    known, index = torch.unique(piece, return_inverse=True)
+                    vectors = self.encoder.embed(known[None], part.rng)[0]
+                    y, state = part.read_distinct(vectors, index, left, state)
+                else:
+                    y, state = part.read(self.encoder.embed(piece, part.rng), left, state)
                 y = y.float()
                 valid = torch.arange(piece.shape[1]) < left[:, None]
                 pool.add(y, self.attention[int(backward)](y), valid)
