@@ -2,8 +2,9 @@
 
 1. Vocabulary and language model from the unlabelled files (``--pretrain``) and the labelled training part.
 2. A few more passes of the language model over the texts of the training part.
-3. Fine-tuning on its labels, several times from different seeds; a validation part (the file's own, else a tenth of
-   the training part) decides when to stop and sets the temperature of the probabilities. The weights are averaged.
+3. Fine-tuning on its labels: a scout finds by the validation part (the file's own, else a tenth of the training part)
+   how long to learn and the temperature of the probabilities; then several networks learn from different seeds, from
+   the tenth too, and their weights are averaged.
 
 With ``--from`` an earlier run takes the place of 1: the words of the new texts that its vocabulary would break into
 pieces become tokens, and 2 and 3 go on from its classifier.
@@ -34,9 +35,9 @@ from recur.pipeline.config import Config
 from recur.pipeline.labelled import Texts, read_labelled, read_texts, stratified
 from recur.pipeline.market_labels import MarketTexts, against_majority
 from recur.pipeline.sentiment import KIND, evaluate_texts, open_sentiment, save_model, score_texts, sha256_of
-from recur.pipeline.sentiment_fit import FinePlan, early_stopped, logits_of
+from recur.pipeline.sentiment_fit import FinePlan, FloatArray, early_stopped, fine_tune, logits_of
 from recur.pipeline.sentiment_language import LanguagePlan, Progress, bf16_pays, pretrain
-from recur.pipeline.sentiment_metrics import fit_temperature
+from recur.pipeline.sentiment_metrics import evaluate, fit_temperature
 from recur.pipeline.sentiment_run import begin, describe, write_curves
 from recur.pipeline.text import TextCodec, normalise
 from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id
@@ -74,11 +75,13 @@ class SentimentPlan:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Labelled texts by their use; ``test`` may be empty."""
+    """Labelled texts by their use; ``test`` may be empty. ``drawn``: whether the validation part is a part of the
+    training part that was drawn for it, and not one of the file's own."""
 
     train: Texts
     validation: Texts
     test: Texts
+    drawn: bool
 
 
 def divide(texts: Texts, share: float, seed: int) -> Parts:
@@ -86,7 +89,8 @@ def divide(texts: Texts, share: float, seed: int) -> Parts:
     names = np.array(texts.split)
     train = np.flatnonzero((names == "") | (names == "train"))
     validation, test = np.flatnonzero(names == "validation"), np.flatnonzero(names == "test")
-    if not len(validation):
+    drawn = not len(validation)
+    if drawn:
         kept, out = stratified(texts.label[train], share, seed)
         train, validation = train[kept], train[out]
     if not len(train) or not len(validation) or len(np.unique(texts.label[train])) < 2:
@@ -99,7 +103,7 @@ def divide(texts: Texts, share: float, seed: int) -> Parts:
             raise UsageError(
                 f"None of the {len(rows)} texts of the {name} part can be read.", "Is it the right column?"
             )
-    return Parts(texts.take(train), texts.take(validation), texts.take(test))
+    return Parts(texts.take(train), texts.take(validation), texts.take(test), drawn)
 
 
 def adapt(
@@ -121,39 +125,47 @@ def adapt(
 def fine_tuned(
     net: TextClassifier,
     codec: TextCodec,
-    tokens: Sequence[Sequence[int]],
     parts: Parts,
     plan: SentimentPlan,
     say: Say,
     curves: dict[str, list[float]],
-) -> float:
-    """Step 3: trains ``net`` in place; returns the temperature of its probabilities, and fills in ``curves``.
+) -> tuple[float, FloatArray]:
+    """Step 3: trains ``net`` in place; returns the temperature and the scout's probabilities of the validation part.
 
-    The weights are the mean over ``plan.members`` fine-tunings that start at the same point (Wortsman et al. 2022,
-    arXiv:2203.05482): most of what an ensemble gains, at the price of one network.
+    The scout learns from the training part alone; the validation part chooses its epoch and its temperature. Then
+    ``plan.members`` networks learn as long from the same start, from the validation part too where that was drawn from
+    the training part, and the weights are their mean (Wortsman et al. 2022, arXiv:2203.05482): most of what an ensemble
+    gains, at the price of one network. ``curves`` gets the scout's validation loss.
     """
+    texts, labels = codec.encode(parts.train.text), parts.train.label
     check = (codec.encode(parts.validation.text), parts.validation.label)
     begin = copy.deepcopy(net.state_dict())
+    net.encoder.halve(bf16_pays())
+    total = (1 + plan.members) * plan.fine.epochs
+    curve = early_stopped(net, texts, labels, check, plan.fine, lambda k, _: say("fine-tuning", k, total))
+    curves["validation_loss"] = curve
+    net.encoder.halve(False)
+    logits = logits_of(net, check[0])
+    read = np.asarray(np.isfinite(logits).all(axis=1))
+    temperature = fit_temperature(logits[read], check[1][read])
+    if parts.drawn:
+        texts, labels = [*texts, *check[0]], np.concatenate([labels, check[1]])
+    enough = int(np.argmin(curve)) + 1
     mean = {name: torch.zeros_like(value) for name, value in begin.items()}
     net.encoder.halve(bf16_pays())
-    total = plan.members * plan.fine.epochs
     for member in range(plan.members):
         net.load_state_dict(begin)
-        seeded = replace(plan.fine, seed=plan.members * plan.fine.seed + member)
 
-        def told(done: int, _: int, member: int = member) -> None:
-            say("fine-tuning", member * plan.fine.epochs + done, total)
+        def told(epoch: int, _: TextClassifier, member: int = member) -> bool:
+            say("fine-tuning", (1 + member) * plan.fine.epochs + epoch + 1, total)
+            return epoch + 1 == enough
 
-        curves[f"validation_loss_{member}"] = early_stopped(
-            net, tokens, parts.train.label, check, seeded, told
-        )
+        fine_tune(net, texts, labels, replace(plan.fine, seed=plan.members * plan.fine.seed + member), told)
         for name, value in net.state_dict().items():
             mean[name] += value / plan.members
     net.load_state_dict(mean)
     net.encoder.halve(False)
-    logits = logits_of(net, check[0])
-    read = np.asarray(np.isfinite(logits).all(axis=1))
-    return fit_temperature(logits[read], check[1][read])
+    return temperature, torch.from_numpy(logits / temperature).softmax(1).numpy()
 
 
 def train_sentiment(
@@ -207,9 +219,11 @@ def train_sentiment(
     seen = sorted(
         (set(corpus.fingerprints if corpus else ()) - held_out)
         | set(parts.train.fingerprints)
+        | set(parts.validation.fingerprints if parts.drawn else ())
         | set(parent.seen if parent else ())
     )
-    windows = [parts.train.window(), *([corpus.window()] if corpus else [])]
+    labelled = [parts.train, *([parts.validation] if parts.drawn else [])]
+    windows = [*(part.window() for part in labelled), *([corpus.window()] if corpus else [])]
     if market:  # prices up to here have decided when to stop
         windows.append({"since": None, "until": iso(market.learned_until_ms)})
     if parent and parent.window:
@@ -238,7 +252,7 @@ def train_sentiment(
     curves: dict[str, list[float]] = (
         {} if parent else {"language_loss": folder.read_json("language.json")["losses"]}
     )
-    temperature = fine_tuned(net, codec, tokens, parts, plan, say, curves)
+    temperature, scouted = fine_tuned(net, codec, parts, plan, say, curves)
     write_curves(folder, curves)
     save_model(folder, net, language)
     folder.write_text("tokenizer.json", codec.to_json())
@@ -253,21 +267,27 @@ def train_sentiment(
         "cpu_s": time.process_time() - cpu,
         **spent,
     }
-    metrics = _judged(folder, manifest, parts, home, market)
+    metrics = _judged(folder, manifest, parts, scouted, home, market)
     (folder.path / STATE).unlink(missing_ok=True)
     return metrics
 
 
 def _judged(
-    folder: RunFolder, manifest: dict[str, Any], parts: Parts, home: Path, market: MarketTexts | None
+    folder: RunFolder,
+    manifest: dict[str, Any],
+    parts: Parts,
+    scouted: FloatArray,
+    home: Path,
+    market: MarketTexts | None,
 ) -> dict[str, Any]:
-    """Complete the run and write the metrics of the model as it is read back from disk."""
+    """Complete the run and write the metrics: the scout's on the validation part, on the test part those of the model as
+    it is read back from disk."""
     folder.write_json("manifest.json", manifest)
     model = open_sentiment(home, folder.run_id)
     metrics: dict[str, Any] = {
         "run_id": folder.run_id,
         "model": "lstm",
-        "validation": evaluate_texts(model, parts.validation),
+        "validation": evaluate(scouted, parts.validation.label),
     }
     if len(parts.test):
         metrics["test"] = evaluate_texts(model, parts.test)
