@@ -43,9 +43,8 @@ def checked_rows(batches: Sequence[WindowRows]) -> tuple[Rows, list[int]]:
     if not some:
         return Rows.none(CANDLES), [0] * len(batches)
     order = CANDLE_SCHEMA.names()
-    frame = pl.concat(
-        [b.frame if b.frame.columns == order else b.frame.select(order) for b in some], how="vertical_relaxed"
-    )
+    frames = [b.frame if b.frame.columns == order else b.frame.select(order) for b in some]
+    frame = frames[0] if len(frames) == 1 else pl.concat(frames, how="vertical_relaxed")
     names = [(b.series.category, b.series.symbol, b.series.interval, b.series.kind) for b in some]
     heights = [batch.frame.height for batch in some]
     since, until = (np.repeat([getattr(b, side) for b in some], heights) for side in ("since_ms", "until_ms"))

@@ -15,10 +15,14 @@ import duckdb
 import polars as pl
 
 from recur.storage.fetched import Asked, bars_between, names_of, table_of
-from recur.vocabulary import Series
+from recur.vocabulary import DAY_MS, Series
 
-_TAIL = 8  # newest records of a series that are looked at
+LOOK_BACK_MS = 8 * DAY_MS
+"""A record that was asked for longer ago is not looked at any more: the next window starts another one."""
+_FEW = 3  # so many rows are written one by one, which costs less than handing over a frame
 _SERIES = ("category", "symbol", "interval", "kind")
+_NUMBERS = ("since_ms", "until_ms", "expected", "rows", "missing", "asked_ms", "place")
+_TEXTS = ("status", "reason", "source")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,12 @@ class Entry:
     status: str
     reason: str
     source: str
+    asked_ms: int
     place: int | None = None
+
+    @property
+    def missing(self) -> int | None:
+        return None if self.expected is None or self.rows is None else self.expected - self.rows
 
     @property
     def is_complete(self) -> bool:
@@ -51,7 +60,7 @@ def folded(chain: Sequence[Entry], new: Entry, interval: str) -> list[Entry]:
             new = _joined(last, new, interval)
         elif not (covered and interval):
             break
-        new = replace(new, place=last.place if last.place is not None else new.place)
+        new = replace(new, place=new.place if last.place is None else last.place)
         left.pop()
     return [*left, new]
 
@@ -59,68 +68,70 @@ def folded(chain: Sequence[Entry], new: Entry, interval: str) -> list[Entry]:
 def _joined(last: Entry, new: Entry, interval: str) -> Entry:
     since_ms, until_ms = min(last.since_ms, new.since_ms), max(last.until_ms, new.until_ms)
     if last.until_ms == new.since_ms or new.until_ms == last.since_ms:  # nothing is counted twice
-        expected = None if None in (last.expected, new.expected) else last.expected + new.expected  # type: ignore[operator]
-        rows = None if None in (last.rows, new.rows) else last.rows + new.rows  # type: ignore[operator]
+        expected, rows = _sum(last.expected, new.expected), _sum(last.rows, new.rows)
     else:
         expected = bars_between(since_ms, until_ms, interval)
         rows = expected if last.is_complete and new.is_complete else None
     return replace(new, since_ms=since_ms, until_ms=until_ms, expected=expected, rows=rows)
 
 
+def _sum(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else a + b
+
+
 def record(con: duckdb.DuckDBPyConnection, asked: Sequence[Asked], source: str, now_ms: int) -> None:
     """Write down which ranges were asked and what came of it, after their rows and in the same transaction."""
     if not asked:
         return
-    tails = _tails(con, list(dict.fromkeys(window[0] for window in asked)), now_ms)
-    chains = {series: list(tail) for series, tail in tails.items()}
+    known = _newest(con, list(dict.fromkeys(window[0] for window in asked)), now_ms)
+    chains: dict[Series, list[Entry]] = {}
+    for series, entries in known.items():
+        chain: list[Entry] = []
+        for entry in entries:
+            chain = folded(chain, entry, series.interval)
+        chains[series] = chain
     for series, since_ms, until_ms, expected, rows, status, reason in asked:
-        new = Entry(since_ms, until_ms, expected, rows, status, reason, source)
+        new = Entry(since_ms, until_ms, expected, rows, status, reason, source, now_ms)
         chains[series] = folded(chains[series], new, series.interval)
-    written = [
+    changed = [
         (series, _counted(con, series, entry))
         for series, chain in chains.items()
         for entry in chain
-        if entry not in tails[series]
+        if entry not in known[series]
     ]
-    _insert(con, [(series, entry) for series, entry in written if entry.place is None], now_ms)
-    _update(con, [entry for _, entry in written if entry.place is not None], now_ms)
+    _update(con, [entry for _, entry in changed if entry.place is not None])
+    _insert(con, [(series, entry) for series, entry in changed if entry.place is None])
     kept = {entry.place for chain in chains.values() for entry in chain}
-    gone = [e.place for tail in tails.values() for e in tail if e.place not in kept]
+    gone = [e.place for entries in known.values() for e in entries if e.place not in kept]
     if gone:
         con.execute("DELETE FROM fetch_windows WHERE rowid IN (SELECT unnest(?::BIGINT[]))", [gone])
 
 
-def _tails(
+def _newest(
     con: duckdb.DuckDBPyConnection, wanted: Sequence[Series], now_ms: int
 ) -> dict[Series, list[Entry]]:
     """The newest records of each series, in the order of asking; none when one was asked later than ``now_ms``."""
-    columns = """epoch_ms(w.since), epoch_ms(w.until), w.expected, w."rows", w.status, w.reason, w.source, w.rowid,
-        epoch_ms(w.asked_at)"""
+    columns = """epoch_ms(since), epoch_ms(until), expected, "rows", status, reason, source, epoch_ms(asked_at), w.rowid"""
+    recent = "asked_at >= make_timestamp_ms(?)"
     names = [(s.category, s.symbol, s.interval, s.kind) for s in wanted]
-    if len(names) == 1:
-        found = con.execute(
-            f"""SELECT {columns}, w.category, w.symbol, w.interval, w.kind FROM fetch_windows w
-            WHERE {" AND ".join(f"w.{name} = ?" for name in _SERIES)}
-            ORDER BY w.asked_at DESC, w.rowid DESC LIMIT {_TAIL}""",
-            names[0],
-        ).fetchall()
+    if len(wanted) == 1:
+        where = " AND ".join(f"{name} = ?" for name in _SERIES)
+        query = f"SELECT {columns} FROM fetch_windows w WHERE {recent} AND {where}"
+        found = con.execute(query, [now_ms - LOOK_BACK_MS, *names[0]]).fetchall()
     else:
         con.register("wanted", pl.DataFrame(names, schema=dict.fromkeys(_SERIES, pl.String), orient="row"))
-        found = con.execute(
-            f"""SELECT {columns}, category, symbol, interval, kind FROM fetch_windows w
-            JOIN wanted USING (category, symbol, interval, kind)
-            QUALIFY row_number() OVER (PARTITION BY category, symbol, interval, kind
-                ORDER BY w.asked_at DESC, w.rowid DESC) <= {_TAIL} ORDER BY w.asked_at DESC, w.rowid DESC"""
-        ).fetchall()
+        joined = f"fetch_windows w JOIN wanted USING ({', '.join(_SERIES)})"
+        query = f"SELECT {columns}, {', '.join(_SERIES)} FROM {joined} WHERE {recent}"
+        found = con.execute(query, [now_ms - LOOK_BACK_MS]).fetchall()
         con.unregister("wanted")
-    tails: dict[Series, list[Entry]] = {series: [] for series in wanted}
-    later: set[Series] = set()
+    known: dict[Series, list[Entry]] = {series: [] for series in wanted}
     for row in found:
-        series = Series(*row[9:])
-        tails[series].insert(0, Entry(*row[:8]))
-        if row[8] > now_ms:
-            later.add(series)
-    return {series: [] if series in later else tail for series, tail in tails.items()}
+        known[Series(*row[9:]) if row[9:] else wanted[0]].append(Entry(*row[:9]))
+    for series, entries in known.items():
+        entries.sort(key=lambda e: (e.asked_ms, e.place))
+        if entries and entries[-1].asked_ms > now_ms:
+            known[series] = []
+    return known
 
 
 def _counted(con: duckdb.DuckDBPyConnection, series: Series, entry: Entry) -> Entry:
@@ -136,40 +147,53 @@ def _counted(con: duckdb.DuckDBPyConnection, series: Series, entry: Entry) -> En
 
 
 def _frame(entries: Sequence[Entry]) -> pl.DataFrame:
-    numbers, texts = ("since_ms", "until_ms", "expected", "rows", "place"), ("status", "reason", "source")
-    return pl.DataFrame(
-        [
-            *(pl.Series(n, [getattr(e, n) for e in entries], dtype=pl.Int64) for n in numbers),
-            *(pl.Series(n, [getattr(e, n) for e in entries], dtype=pl.String) for n in texts),
-        ]
-    )
+    columns = {name: [getattr(entry, name) for entry in entries] for name in (*_NUMBERS, *_TEXTS)}
+    schema = dict.fromkeys(_NUMBERS, pl.Int64()) | dict.fromkeys(_TEXTS, pl.String())
+    return pl.DataFrame(columns, schema=schema)
 
 
-def _insert(con: duckdb.DuckDBPyConnection, rows: Sequence[tuple[Series, Entry]], now_ms: int) -> None:
-    if not rows:
+def _insert(con: duckdb.DuckDBPyConnection, rows: Sequence[tuple[Series, Entry]]) -> None:
+    into = "INSERT INTO fetch_windows"
+    if len(rows) <= _FEW:
+        times, numbers = "make_timestamp_ms(?), make_timestamp_ms(?)", "?, ?, ?"
+        for series, e in rows:
+            con.execute(
+                f"{into} VALUES (?, ?, ?, ?, {times}, {numbers}, ?, ?, ?, make_timestamp_ms(?))",
+                [
+                    *(series.category, series.symbol, series.interval, series.kind, e.since_ms, e.until_ms),
+                    *(e.expected, e.rows, e.missing, e.status, e.reason, e.source, e.asked_ms),
+                ],
+            )
         return
     names = [
         pl.Series(name, [getattr(series, name) for series, _ in rows], dtype=pl.String) for name in _SERIES
     ]
     con.register("asked", _frame([entry for _, entry in rows]).with_columns(names))
     con.execute(
-        """INSERT INTO fetch_windows
-        SELECT category, symbol, interval, kind, make_timestamp_ms(since_ms), make_timestamp_ms(until_ms), expected,
-            "rows", expected - "rows", status, reason, source, make_timestamp_ms(?) FROM asked""",
-        [now_ms],
+        f"""{into} SELECT category, symbol, interval, kind, make_timestamp_ms(since_ms), make_timestamp_ms(until_ms),
+            expected, "rows", missing, status, reason, source, make_timestamp_ms(asked_ms) FROM asked"""
     )
     con.unregister("asked")
 
 
-def _update(con: duckdb.DuckDBPyConnection, entries: Sequence[Entry], now_ms: int) -> None:
-    if not entries:
+def _update(con: duckdb.DuckDBPyConnection, entries: Sequence[Entry]) -> None:
+    if len(entries) <= _FEW:
+        for e in entries:
+            con.execute(
+                """UPDATE fetch_windows SET since = make_timestamp_ms(?), until = make_timestamp_ms(?), expected = ?,
+                "rows" = ?, missing = ?, status = ?, reason = ?, source = ?, asked_at = make_timestamp_ms(?)
+                WHERE rowid = ?""",
+                [
+                    *(e.since_ms, e.until_ms, e.expected, e.rows, e.missing, e.status, e.reason, e.source),
+                    *(e.asked_ms, e.place),
+                ],
+            )
         return
     con.register("asked", _frame(entries))
     con.execute(
         """UPDATE fetch_windows SET since = make_timestamp_ms(a.since_ms), until = make_timestamp_ms(a.until_ms),
-            expected = a.expected, "rows" = a."rows", missing = a.expected - a."rows", status = a.status,
-            reason = a.reason, source = a.source, asked_at = make_timestamp_ms(?)
-        FROM asked a WHERE fetch_windows.rowid = a.place""",
-        [now_ms],
+            expected = a.expected, "rows" = a."rows", missing = a.missing, status = a.status,
+            reason = a.reason, source = a.source, asked_at = make_timestamp_ms(a.asked_ms)
+        FROM asked a WHERE fetch_windows.rowid = a.place"""
     )
     con.unregister("asked")

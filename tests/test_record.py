@@ -55,7 +55,7 @@ def bars(symbol: str, hours: Iterable[int]) -> pl.DataFrame:
 def entry(ask: Ask) -> Entry:
     since, until, status, reason, source = ask
     n = until - since
-    return Entry(hour(since), hour(until), n, n if status == "done" else 0, status, reason, source)
+    return Entry(hour(since), hour(until), n, n if status == "done" else 0, status, reason, source, 0)
 
 
 def chain_of(asks: list[Ask], interval: str = "1h") -> list[Entry]:
