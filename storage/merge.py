@@ -9,7 +9,9 @@ A key is one integer: the number of the series within the batch, then the time. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 import duckdb
 import numpy as np
@@ -47,7 +49,7 @@ class Rows:
 
     series: list[tuple[str, ...]]
     at: Ints
-    values: list[Floats]
+    values: Sequence[Floats]
 
     @property
     def time_ms(self) -> Ints:
@@ -65,6 +67,27 @@ class Rows:
         return Rows(self.series, self.at[mask], [column[mask] for column in self.values])
 
 
+class _Columns(Sequence[Floats]):
+    """Columns of a frame in another order of rows (None: as they are), each made only while it is looked at: all of them at
+    once would need as much new memory again as the frame has."""
+
+    def __init__(self, frame: pl.DataFrame, names: Sequence[str], order: Ints | None) -> None:
+        self._frame, self._names, self._order = frame, names, order
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, place: int) -> Floats: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Floats]: ...
+    def __getitem__(self, place: int | slice) -> Floats | Sequence[Floats]:
+        if isinstance(place, slice):
+            return _Columns(self._frame, self._names[place], self._order)
+        column: Floats = self._frame.get_column(self._names[place]).to_numpy()
+        return column if self._order is None else column[self._order]
+
+
 def constant(frame: pl.DataFrame, names: tuple[str, ...]) -> tuple[str, ...] | None:
     """The one value of each column, None when one of them has several (or the frame is empty)."""
     if frame.is_empty():
@@ -72,8 +95,11 @@ def constant(frame: pl.DataFrame, names: tuple[str, ...]) -> tuple[str, ...] | N
     first = frame.row(0)
     wanted = [first[frame.get_column_index(name)] for name in names]
     if frame.height <= _SMALL:  # a query of polars costs more than to look
-        same_all = all(frame.get_column(n).eq_missing(v).all() for n, v in zip(names, wanted, strict=True))
-        return tuple(wanted) if same_all else None
+        columns = [frame.get_column(name) for name in names]
+        if any(column.has_nulls() for column in columns):
+            return None
+        alike = all((column == value).all() for column, value in zip(columns, wanted, strict=True))
+        return tuple(wanted) if alike else None
     same = (
         frame.lazy()
         .select(pl.col(n).eq_missing(v).all() for n, v in zip(names, wanted, strict=True))
@@ -197,11 +223,11 @@ def _stored(con: duckdb.DuckDBPyConnection, rows: Rows, table: Table) -> Rows:
     at = found.get_column(table.time).dt.timestamp("ms").to_numpy()
     if not single:
         at = (found.get_column("number").to_numpy() << _TIME_BITS) | at
-    values = [found.get_column(name).to_numpy() for name in table.values]
+    order: Ints | None = None
     if len(at) > 1 and not bool((at[1:] > at[:-1]).all()):
         order = np.argsort(at, kind="stable")
-        at, values = at[order], [column[order] for column in values]
-    return Rows(rows.series, at, values)
+        at = at[order]
+    return Rows(rows.series, at, _Columns(found, table.values, order))
 
 
 def _spans(rows: Rows, table: Table) -> pl.DataFrame:

@@ -3,7 +3,9 @@
 A window that touches the newest record of its series and means the same (status, reason, source) extends it, and the
 newest records that a window covers wholly give way to it. Neither changes an answer: an instant is explained by the
 last window asked that covers it, and the record's extent is the union of all windows. Where there is no grid (funding)
-every gap stays a record of its own, since the certificate lists them one by one. ``asked_at`` is the newest request's.
+every gap stays a record of its own, since the certificate lists them one by one. ``asked_at`` is the newest request's;
+the order of asking is that of the rows, since the venue's clock may go back. A long record is shortened whole by the
+first write to its series.
 """
 
 from __future__ import annotations
@@ -15,10 +17,8 @@ import duckdb
 import polars as pl
 
 from recur.storage.fetched import Asked, bars_between, names_of, table_of
-from recur.vocabulary import DAY_MS, Series
+from recur.vocabulary import Series
 
-LOOK_BACK_MS = 8 * DAY_MS
-"""A record that was asked for longer ago is not looked at any more: the next window starts another one."""
 _FEW = 3  # so many rows are written one by one, which costs less than handing over a frame
 _SERIES = ("category", "symbol", "interval", "kind")
 _NUMBERS = ("since_ms", "until_ms", "expected", "rows", "missing", "asked_ms", "place")
@@ -83,7 +83,7 @@ def record(con: duckdb.DuckDBPyConnection, asked: Sequence[Asked], source: str, 
     """Write down which ranges were asked and what came of it, after their rows and in the same transaction."""
     if not asked:
         return
-    known = _newest(con, list(dict.fromkeys(window[0] for window in asked)), now_ms)
+    known = _known(con, list(dict.fromkeys(window[0] for window in asked)))
     chains: dict[Series, list[Entry]] = {}
     for series, entries in known.items():
         chain: list[Entry] = []
@@ -107,31 +107,22 @@ def record(con: duckdb.DuckDBPyConnection, asked: Sequence[Asked], source: str, 
         con.execute("DELETE FROM fetch_windows WHERE rowid IN (SELECT unnest(?::BIGINT[]))", [gone])
 
 
-def _newest(
-    con: duckdb.DuckDBPyConnection, wanted: Sequence[Series], now_ms: int
-) -> dict[Series, list[Entry]]:
-    """The newest records of each series, in the order of asking; none when one was asked later than ``now_ms``."""
+def _known(con: duckdb.DuckDBPyConnection, wanted: Sequence[Series]) -> dict[Series, list[Entry]]:
+    """All records of each series, in the order of asking."""
     columns = """epoch_ms(since), epoch_ms(until), expected, "rows", status, reason, source, epoch_ms(asked_at), w.rowid"""
-    recent = "asked_at >= make_timestamp_ms(?)"
     names = [(s.category, s.symbol, s.interval, s.kind) for s in wanted]
     if len(wanted) == 1:
         where = " AND ".join(f"{name} = ?" for name in _SERIES)
-        query = f"SELECT {columns} FROM fetch_windows w WHERE {recent} AND {where}"
-        found = con.execute(query, [now_ms - LOOK_BACK_MS, *names[0]]).fetchall()
+        found = con.execute(f"SELECT {columns} FROM fetch_windows w WHERE {where}", names[0]).fetchall()
     else:
         con.register("wanted", pl.DataFrame(names, schema=dict.fromkeys(_SERIES, pl.String), orient="row"))
         joined = f"fetch_windows w JOIN wanted USING ({', '.join(_SERIES)})"
-        query = f"SELECT {columns}, {', '.join(_SERIES)} FROM {joined} WHERE {recent}"
-        found = con.execute(query, [now_ms - LOOK_BACK_MS]).fetchall()
+        found = con.execute(f"SELECT {columns}, {', '.join(_SERIES)} FROM {joined}").fetchall()
         con.unregister("wanted")
     known: dict[Series, list[Entry]] = {series: [] for series in wanted}
     for row in found:
         known[Series(*row[9:]) if row[9:] else wanted[0]].append(Entry(*row[:9]))
-    for series, entries in known.items():
-        entries.sort(key=lambda e: (e.asked_ms, e.place))
-        if entries and entries[-1].asked_ms > now_ms:
-            known[series] = []
-    return known
+    return {series: sorted(entries, key=lambda e: e.place or 0) for series, entries in known.items()}
 
 
 def _counted(con: duckdb.DuckDBPyConnection, series: Series, entry: Entry) -> Entry:

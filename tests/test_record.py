@@ -96,7 +96,7 @@ def test_where_there_is_no_grid_every_gap_stays_a_record_of_its_own(asks: list[A
 def test_a_store_answers_as_if_it_had_kept_every_request(
     present: set[int], batches: list[tuple[list[Ask], int]]
 ) -> None:
-    whole: list[tuple[int, tuple[int, int, str, str]]] = []
+    whole = [(T0, T0, "done", "")]
     now_ms = hour(100)
     with tempfile.TemporaryDirectory() as home:
         store = Store(Path(home))
@@ -111,17 +111,16 @@ def test_a_store_answers_as_if_it_had_kept_every_request(
                     for a, b, status, reason, _ in own
                 ]
                 store.put_windows(windows, source=source, now_ms=now_ms)
-                whole += [(now_ms, (hour(a), hour(b), status, why)) for a, b, status, why, _ in own]
-        expected = [(T0, T0, "done", ""), *(ask for _, ask in sorted(whole, key=lambda pair: pair[0]))]
-        assert answers(present, store.asked(BTC)) == answers(present, expected)
-        assert store.windows(BTC) == merged_ranges(sorted((a[0], a[1]) for a in expected))
+                whole += [(hour(a), hour(b), status, why) for a, b, status, why, _ in own]
+        assert answers(present, store.asked(BTC)) == answers(present, whole)
+        assert store.windows(BTC) == merged_ranges(sorted((a[0], a[1]) for a in whole))
 
 
 def records(store: Store) -> list[tuple[object, ...]]:
     with store.read() as con:
         return con.execute(
             """SELECT (epoch_ms(since) - ?) // 3600000, (epoch_ms(until) - ?) // 3600000, expected, "rows", missing,
-            status, reason, epoch_ms(asked_at) FROM fetch_windows ORDER BY asked_at, rowid""",
+            status, reason, epoch_ms(asked_at) FROM fetch_windows ORDER BY rowid""",
             [T0, T0],
         ).fetchall()
 
@@ -169,11 +168,31 @@ def test_gaps_that_overlap_are_counted_by_what_is_stored(tmp_path: Path) -> None
     assert records(store) == [(0, 10, 10, 7, 3, "gap", "venue empty", 2)]
 
 
-def test_a_request_that_seems_older_than_the_record_stands_beside_it(tmp_path: Path) -> None:
+def test_the_last_request_counts_even_when_the_clock_went_back(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    put(store, 0, 6, now_ms=10)
-    put(store, 6, 8, now_ms=9)
-    assert [row[:2] + row[-1:] for row in records(store)] == [(6, 8, 9), (0, 6, 10)]
+    put(store, 0, 6, now_ms=10, absent=(5,))
+    put(store, 5, 8, now_ms=9)
+    put(store, 8, 9, now_ms=8)
+    assert [row[:2] + row[-3:] for row in records(store)] == [
+        (0, 6, "gap", "venue empty", 10),
+        (5, 9, "done", "", 8),
+    ]
+    assert store.asked(BTC)[-1] == (hour(5), hour(9), "done", "")
+
+
+def test_a_long_record_of_an_older_store_is_shortened_by_the_next_write(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    put(store, 0, 6, now_ms=1)
+    with store.write() as con:
+        for n in range(1, 200):
+            con.execute(
+                """INSERT INTO fetch_windows SELECT category, symbol, interval, kind, since + to_hours(?), until + to_hours(?),
+                expected, "rows", missing, status, reason, source, asked_at FROM fetch_windows LIMIT 1""",
+                [n, n],
+            )
+    assert len(records(store)) == 200
+    put(store, 205, 206, now_ms=2)
+    assert records(store) == [(0, 206, 206, 206, 0, "done", "", 2)]
 
 
 def test_series_of_one_batch_keep_records_of_their_own(tmp_path: Path) -> None:
