@@ -58,6 +58,11 @@ def opens(store: Store, category: str, symbol: str) -> list[int]:
     return store.candles(category, [symbol], "1m")["open_time"].dt.epoch("ms").to_list()
 
 
+def wait_for(store: Store, market: ChangingMarket, category: str, symbol: str, until_ms: int) -> None:
+    """Until all bars of the market that open before ``until_ms`` are stored."""
+    eventually(lambda: opens(store, category, symbol) == market.opens(category, symbol, until_ms))
+
+
 def test_a_pattern_takes_in_what_is_listed_later_and_lets_go_of_what_was_delisted(tmp_path: Path) -> None:
     listed, delisted = parse_time("2025-07-01T06:12"), parse_time("2025-07-01T06:10")
     market = ChangingMarket(("BTCUSDT", "GONEUSDT"), {"NEWUSDT": Life(listed)})
@@ -81,7 +86,7 @@ def test_a_pattern_takes_in_what_is_listed_later_and_lets_go_of_what_was_deliste
         server.clock.set(parse_time("2025-07-01T06:18:30"))
         until = parse_time("2025-07-01T06:18")
         for symbol in ("BTCUSDT", "NEWUSDT"):
-            eventually(lambda s=symbol: opens(store, "linear", s) == market.opens("linear", s, until))
+            wait_for(store, market, "linear", symbol, until)
     assert opens(store, "linear", "NEWUSDT")[0] == listed
     assert opens(store, "linear", "GONEUSDT") == market.opens("linear", "GONEUSDT", delisted)
     assert opens(store, "linear", "GONEUSDT")[-1] == delisted - MINUTE_MS
@@ -131,6 +136,6 @@ def test_a_spot_pair_that_is_delisted_does_not_cost_the_others_anything(tmp_path
         server.clock.set(parse_time("2025-07-01T06:32:30"))
         until = parse_time("2025-07-01T06:32")
         for symbol in ("BTCUSDT", "GONEUSDT"):
-            eventually(lambda s=symbol: opens(store, "spot", s) == market.opens("spot", s, until))
+            wait_for(store, market, "spot", symbol, until)
     assert follower.summary.failures == 0
     assert stored(store, "BTCUSDT", "1m", END) == []  # spot alone
