@@ -49,13 +49,14 @@ def _translated(error: duckdb.Error, path: Path) -> RecurError:
 
 
 def _is_stillborn(path: Path) -> bool:
-    """Whether the process that was making this file died before it had written the headers: nothing was ever stored."""
+    """Whether the process that was making this file died before it had written the headers: nothing was ever stored.
+    An empty file is none of these, since a store may have been emptied: that has to be told."""
     try:
         with path.open("rb") as file:
             begin = file.read(_HEADERS_BYTES)
     except OSError:  # a folder, a file of somebody else: to attach it will tell
         return False
-    return len(begin) < _HEADERS_BYTES and begin[8:12] in (b"DUCK", b"")
+    return len(begin) < _HEADERS_BYTES and begin[8:12] == b"DUCK"
 
 
 def _attach(file: AttachedFile, read_only: bool, wait_s: float) -> None:

@@ -229,7 +229,7 @@ def test_a_busy_store_names_the_process_that_holds_it_also_during_a_session(tmp_
     assert isinstance(store.candles(), pl.DataFrame)
 
 
-@pytest.mark.parametrize("written", [0, 8, 4096, 8192])
+@pytest.mark.parametrize("written", [12, 4096, 8192])
 def test_a_store_whose_making_was_killed_is_made_again(tmp_path: Path, written: int) -> None:
     whole, home = Store(tmp_path / "whole"), tmp_path / "killed"
     with whole.write() as con:
