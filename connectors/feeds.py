@@ -20,6 +20,7 @@ import polars as pl
 import requests
 
 from recur.connectors.cleantext import BODY_LIMIT, TITLE_LIMIT, clean, latin_share
+from recur.connectors.language import UNKNOWN, language_of
 from recur.vocabulary import VenueError, VenueRefused, VenueUnreachable
 
 NEWS_COLUMNS = pl.Schema(
@@ -33,6 +34,7 @@ MAX_BYTES = 5_000_000
 MAX_ITEMS = 2_000
 _LATIN_LANGUAGES = {"en", "de", "es", "fr", "it", "nl", "pt", "pl", "tr", "id", "vi"}
 _CLOCK = re.compile(r"\d{1,2}:\d{2}(:\d{2})?")
+_TELLING_CHARS = 300  # of a body, besides the title, are looked at for the language
 _AGENT = "recur (news reader)"
 
 
@@ -141,10 +143,14 @@ def _web_address(url: object) -> str | None:
 
 
 def in_languages(frame: pl.DataFrame, languages: Iterable[str]) -> pl.Series:
-    """Whether each item may be in one of ``languages`` (two letters), as far as its script tells.
-
-    Only Latin script is told from others: a short headline does not tell more with certainty.
+    """Whether each item may be in one of ``languages`` (two letters): False when most of its title is of a script that
+    none of them uses, or when its words tell another language for certain (see ``connectors/language.py``).
     """
-    if set(languages) - _LATIN_LANGUAGES:
-        return pl.Series([True] * frame.height, dtype=pl.Boolean)
-    return pl.Series([latin_share(title) >= 0.5 for title in frame["title"]], dtype=pl.Boolean)
+    wanted = frozenset(languages)
+    is_latin = wanted <= _LATIN_LANGUAGES
+    kept = []
+    for title, body in frame.select("title", "body").iter_rows():
+        may = not is_latin or latin_share(title) >= 0.5
+        text = f"{title} {(body or '')[:_TELLING_CHARS]}"
+        kept.append(may and language_of(text, wanted) in (UNKNOWN, *wanted))
+    return pl.Series(kept, dtype=pl.Boolean)

@@ -118,7 +118,7 @@ class LiveFeed:
 
     Use it as a context manager. ``emit`` must return at once and not raise: a queue's ``put``. ``base_url`` is that
     of the REST venue. Every loss of the connection is told by ``Broken`` and followed, after a pause that grows,
-    by another connect; ``connects`` counts them. Hints come at most once per bar, and never for a bar older than
+    by another connect; ``connects`` counts them, from those of a feed before this one. Hints come at most once per bar, and never for a bar older than
     the last hint of its symbol.
     """
 
@@ -130,8 +130,9 @@ class LiveFeed:
         emit: Callable[[Event], None],
         base_url: str = PUBLIC_URL,
         patience: Patience | None = None,
+        connects: int = 0,
     ) -> None:
-        self.connects = 0
+        self.connects = connects
         self.ignored = 0  # messages that could not be read
         self._category = category
         self._symbols = {f"kline.{VENUE_INTERVALS[interval]}.{symbol}": symbol for symbol in symbols}

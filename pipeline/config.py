@@ -228,7 +228,7 @@ class NewsConfig:
     """Language edition of the venue's announcements."""
 
     languages: tuple[str, ...] = ("en",)
-    """Two-letter languages to keep; items of another script are left out and counted."""
+    """Two-letter languages to keep; items that are for certain in another one are left out and counted."""
 
     def __post_init__(self) -> None:
         feed = _Rule("expected http(s):// addresses", lambda x: str(x).startswith(("http://", "https://")))

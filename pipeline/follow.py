@@ -8,7 +8,8 @@ candles, by the windows and transactions of ``pipeline/fetch.py``::
                  └──────────────── bars that are not there yet are asked again ───────────────────────────────┘
 
 A bar counts as closed ``LAG_MS`` after its close by the venue's clock, never by the local one. The newest bars are
-asked again with each new one, and those of a day every quarter of an hour, since the venue corrects bars late.
+asked again with each new one, and those of a day every quarter of an hour, since the venue corrects bars late. With that
+the symbols are looked up again: what a pattern means by now is followed too, what was delisted no longer.
 """
 
 from __future__ import annotations
@@ -19,25 +20,29 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import polars as pl
 
 from recur.connectors.bybit import BybitConnector
 from recur.connectors.live import BarClosed, Broken, Connected, Event, LiveFeed, Patience, Rejected, Stale
-from recur.connectors.windows import Window, plan_windows
+from recur.connectors.windows import Window, count_bars
+from recur.pipeline.answered import empty_window
+from recur.pipeline.config import is_pattern
 from recur.pipeline.fetch import FetchPlan, FetchRequest, FetchSummary, plan_fetch, run_fetch
+from recur.pipeline.followed import REREAD_BARS, Record, bars_again, last_close
+from recur.pipeline.gaps import DELISTED, Life
 from recur.pipeline.symbols import expand
 from recur.pipeline.venue_clock import VenueClock
 from recur.storage.store import Store
 from recur.vocabulary import (
     CANDLE_KINDS,
-    DAY_MS,
     HOUR_MS,
     INTERVALS,
     MINUTE_MS,
+    DataMissing,
     Series,
     StoreBusy,
     UsageError,
@@ -60,7 +65,6 @@ FEW_MISSING = 3
 """A series that lacks more of its newest bars seems to have ended: they are asked again with each new bar only."""
 MISSING_MS = HOUR_MS
 """For so long a bar that the venue does not have is asked again; the gap is recorded at once."""
-REREAD_BARS = 5
 REREAD_ALL_MS = 15 * MINUTE_MS
 DRIFT_MS = 2000
 """A local clock that is wrong by more is told."""
@@ -71,10 +75,13 @@ _SHORTEST_WAIT_S = 0.01
 
 @dataclass(slots=True)
 class FollowSummary:
-    """What following did. ``bars`` closed while following, ``gaps`` of them never came; ``delay_s`` from a bar's close
+    """What following did. ``series`` were followed, some of them because their symbol was ``added`` after the start, some
+    only until it ``ended``. ``bars`` closed while following, ``gaps`` of them never came; ``delay_s`` from a bar's close
     to its being stored, by the venue's clock, of the newest 10,000; ``drift_ms`` local minus venue's clock."""
 
     series: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
     bars: int = 0
     new: int = 0
     changed: int = 0
@@ -95,7 +102,19 @@ class FollowSummary:
         self.changed += fetched.changed
 
     def as_dict(self) -> dict[str, Any]:
-        names = ("series", "bars", "new", "changed", "gaps", "requests", "updates", "failures", "connects")
+        names = (
+            "series",
+            "added",
+            "ended",
+            "bars",
+            "new",
+            "changed",
+            "gaps",
+            "requests",
+            "updates",
+            "failures",
+            "connects",
+        )
         tail = ("breaks", "stale", "rejected", "drift_ms")
         delays = self.delays_s or [float("nan")]
         return {
@@ -103,23 +122,6 @@ class FollowSummary:
             "delay_s": {"median": round(statistics.median(delays), 3), "max": round(max(delays), 3)},
             "seconds": round(self.seconds, 3),
         }
-
-
-@dataclass(slots=True)
-class _Record:
-    """What is known of one series: all bars in ``[first_ms, next_ms)`` are stored but those ``missing``."""
-
-    series: Series
-    first_ms: int
-    next_ms: int
-    missing: dict[int, int] = field(default_factory=dict)  # open time: venue's time when it was first missed
-
-    def windows(self, until_ms: int, n_again: int) -> list[Window]:
-        """What to ask to be complete up to ``until_ms``, with ``n_again`` bars before that are stored already."""
-        since_ms = min([self.next_ms, *self.missing])
-        for _ in range(n_again):
-            since_ms = floor_open(since_ms - 1, self.series.interval)
-        return plan_windows(self.series, max(since_ms, self.first_ms), max(until_ms, self.next_ms))
 
 
 class Follower:
@@ -142,6 +144,10 @@ class Follower:
     ) -> None:
         if request.until_ms is not None or request.dry_run:
             raise UsageError("Following has no end and is no rehearsal: leave out --until and --dry-run.")
+        kinds = dict.fromkeys("trade" if kind == "candles" else kind for kind in request.kinds)
+        self._kinds = [kind for kind in kinds if kind in CANDLE_KINDS]
+        if not self._kinds:
+            raise UsageError("Following needs candles: none of --kinds has bars.")
         self._store = store
         self._connector = connector
         self._request = request
@@ -153,7 +159,8 @@ class Follower:
         self._stopped = threading.Event()
         self._lag_ms = max(LAG_MS, request.lag_ms)
         self._symbols: tuple[str, ...] = ()
-        self._records: list[_Record] = []
+        self._records: list[Record] = []
+        self._lives: dict[str, Life] = {}
         self._hinted: dict[
             str, int
         ] = {}  # by symbol: open time of the newest bar that the stream calls closed
@@ -178,16 +185,8 @@ class Follower:
         started, sent = time.monotonic(), self._connector.requests
         try:
             self._begin()
-            category, interval = self._request.category, self._request.interval
-            feed = LiveFeed(
-                category, interval, self._symbols, self._inbox.put, self._connector.base_url, self._patience
-            )
-            with feed:
-                while not self._over(started):
-                    self._listen(self._wait_s(started))
-                    if self._due() and not self._over(started):
-                        self._try_update()
-                self._listen(0.0)  # what happened during the last update
+            while not self._over(started):
+                self._stay(started)
         except VenueError:
             if not self._stopped.is_set():  # stop() ends a request under way with this error
                 raise
@@ -195,43 +194,113 @@ class Follower:
         self.summary.seconds = time.monotonic() - started
         return self.summary
 
-    # -- the beginning ------------------------------------------------------------------------------
+    def _stay(self, started: float) -> None:
+        """Follow by one feed, until its symbols are others."""
+        symbols, before = self._symbols, self.summary.connects
+        wanted = (self._request.category, self._request.interval, symbols)
+        with LiveFeed(*wanted, self._inbox.put, self._connector.base_url, self._patience, before):
+            while symbols == self._symbols and not self._over(started):
+                self._listen(self._wait_s(started))
+                if self._due() and not self._over(started):
+                    self._try_update()
+            self._listen(0.0)  # what happened during the last update
+
+    # -- whom ---------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         self._measure()
         self._fetch_all()
-        now_ms, interval = self._measure(), self._request.interval
-        kinds = dict.fromkeys("trade" if kind == "candles" else kind for kind in self._request.kinds)
-        self._symbols = expand(self._request.symbols, self._request.category, self._connector, self._store)
-        for symbol in self._symbols:
-            for kind in kinds:
-                if kind in CANDLE_KINDS:
-                    series = Series(self._request.category, symbol, interval, kind)
-                    self._records.append(self._record_of(series, floor_open(now_ms, interval)))
-        if not self._records:
-            raise UsageError("Following needs candles: none of --kinds has bars.")
-        self.summary.series = [str(record.series) for record in self._records]
-        self._reread_ms = now_ms
+        if not self._symbols:
+            raise DataMissing(f"Nothing to follow: {', '.join(self.summary.ended)} trade no more.")
+        self._reread_ms = self._measure()
 
     def _fetch_all(self) -> None:
-        """An ordinary fetch: all kinds, and whatever the record lacks."""
-        plan = plan_fetch(self._store, self._connector, self._request)
+        """An ordinary fetch of what the request means by now: all kinds, and whatever the record lacks. What of it still
+        trades is followed from here."""
+        wanted = self._wanted()
+        if not wanted:
+            return self._follow((), set())
+        plan = plan_fetch(self._store, self._connector, replace(self._request, symbols=wanted))
         self.summary.add(run_fetch(self._store, self._connector, plan))
+        self._lives = plan.lives
+        closed_ms = plan.server_ms - self._lag_ms
+        ended = {
+            s for s in wanted if last_close(plan.lives[s], self._request.interval, closed_ms) is not None
+        }
+        self._follow(tuple(s for s in wanted if s not in ended), ended)
 
-    def _record_of(self, series: Series, opened_ms: int) -> _Record:
+    def _wanted(self) -> tuple[str, ...]:
+        """The symbols of the request, and those found before: one that is no longer among the most traded stays."""
+        category, followed = self._request.category, self._symbols
+        try:
+            found = expand(self._request.symbols, category, self._connector, self._store)
+        except (UsageError, DataMissing) as error:
+            if not self.summary.series:
+                raise
+            self._say(f"{error.message} What was followed stays.")
+            return followed
+        names = tuple(s for s in dict.fromkeys((*followed, *found)) if s not in self.summary.ended)
+        if category != "spot" or not self.summary.series:
+            return names
+        # Of spot the venue describes only what trades; what is absent now may be back in the next answer.
+        trading = {str(row.get("symbol")) for row in self._connector.instruments(category)}
+        for symbol in (s for s in followed if s not in trading):
+            self._say(f"The venue does not list {symbol}: it is not followed while that is so.")
+        return tuple(s for s in names if s in trading)
+
+    def _follow(self, symbols: tuple[str, ...], ended: set[str]) -> None:
+        """Follow ``symbols`` from what is stored of them, and no more those that have ``ended``."""
+        started, now_ms, interval = bool(self.summary.series), self._clock.now_ms(), self._request.interval
+        for record in self._records:
+            if record.series.symbol in ended:
+                self._explain_end(record)
+        self.summary.ended += sorted(ended)
+        for symbol in sorted(ended):
+            self._say(f"{symbol} was delisted: it is not followed any more.")
+        kept = [record for record in self._records if record.series.symbol in symbols]
+        new = [s for s in symbols if s not in self._symbols]
+        with self._store.session():
+            self._records = kept + [
+                self._record_of(
+                    Series(self._request.category, symbol, interval, kind), floor_open(now_ms, interval)
+                )
+                for symbol in new
+                for kind in self._kinds
+            ]
+        self._symbols = symbols
+        names = [str(record.series) for record in self._records]
+        self.summary.series = list(dict.fromkeys([*self.summary.series, *names]))
+        if started:
+            self.summary.added += [s for s in new if s not in self.summary.added]
+            for symbol in new:
+                self._say(f"{symbol} trades: it is followed from now on.")
+
+    def _explain_end(self, record: Record) -> None:
+        """Bars asked for after the delisting, when it was not known yet, get their true reason."""
+        series, life = record.series, self._lives[record.series.symbol]
+        end_ms = last_close(life, series.interval, record.next_ms)
+        if series.kind == "trade" and end_ms is not None and end_ms < record.next_ms:
+            window = Window(
+                series, end_ms, record.next_ms, count_bars(end_ms, record.next_ms, series.interval)
+            )
+            marks = [empty_window(window, DELISTED)]
+            self._store.put_windows(marks, source=self._request.source, now_ms=self._clock.now_ms())
+
+    def _record_of(self, series: Series, opened_ms: int) -> Record:
         last = self._store.last_open(series)
         if last is None:
-            return _Record(series, opened_ms, opened_ms)
-        first = floor_open(last - _again(series.interval) * INTERVALS[series.interval], series.interval)
-        stored = self._stored(series.kind, first, last + 1).get(series.symbol, {})
-        return _Record(series, min(stored), next_open(last, series.interval))
+            return Record(series, opened_ms, opened_ms)
+        first = floor_open(last - bars_again(series.interval) * INTERVALS[series.interval], series.interval)
+        stored = self._stored([series.symbol], series.kind, first, last + 1).get(series.symbol, {})
+        return Record(series, min(stored), next_open(last, series.interval))
 
     # -- when ---------------------------------------------------------------------------------------
 
     def _over(self, started: float) -> bool:
-        return self._stopped.is_set() or (
-            self._for_s is not None and time.monotonic() - started >= self._for_s
-        )
+        if self.summary.ended and not self._symbols and not any(map(is_pattern, self._request.symbols)):
+            return True  # all were delisted, and no other can come
+        late = self._for_s is not None and time.monotonic() - started >= self._for_s
+        return self._stopped.is_set() or late
 
     def _wait_s(self, started: float) -> float:
         """Seconds to wait for an event: until something is due, the end, or a while has passed."""
@@ -244,7 +313,7 @@ class Follower:
         """Venue's time at which there is something to ask."""
         interval = self._request.interval
         due = [self._reread_ms + REREAD_ALL_MS]
-        due.append(next_open(min(r.next_ms for r in self._records), interval) + self._lag_ms + UNHINTED_MS)
+        due += [next_open(r.next_ms, interval) + self._lag_ms + UNHINTED_MS for r in self._records]
         few = [max(r.missing.values()) for r in self._records if 0 < len(r.missing) <= FEW_MISSING]
         if few:  # after 5 s, 10 s, 20 s …
             due.append(self._asked_ms + max(ASK_AGAIN_MS, self._asked_ms - max(few)))
@@ -334,12 +403,12 @@ class Follower:
         windows: list[Window] = []
         for record in self._records:
             if again or record.missing or record.next_ms < until_ms:
-                windows += record.windows(until_ms, _again(interval) if again else REREAD_BARS)
+                windows += record.windows(until_ms, bars_again(interval) if again else REREAD_BARS)
         if not windows:
             return
         self.summary.updates += 1
         self._asked_ms = now_ms
-        plan = FetchPlan(self._request, now_ms, self._connector.rate, windows=windows)
+        plan = FetchPlan(self._request, now_ms, self._connector.rate, windows=windows, lives=self._lives)
         try:
             self.summary.add(run_fetch(self._store, self._connector, plan))
         except VenueRefused as error:  # one symbol's trouble: the others were stored
@@ -359,12 +428,12 @@ class Follower:
             records = [record for record in self._records if record.series.kind == kind]
             since_ms = min(min([record.next_ms, *record.missing]) for record in records)
             if since_ms < until_ms:
-                stored = self._stored(kind, since_ms, until_ms)
+                stored = self._stored(self._symbols, kind, since_ms, until_ms)
                 for record in records:
                     self._compare(record, stored.get(record.series.symbol, {}), until_ms, now_ms, complete)
 
     def _compare(
-        self, record: _Record, stored: dict[int, float], until_ms: int, now_ms: int, complete: bool
+        self, record: Record, stored: dict[int, float], until_ms: int, now_ms: int, complete: bool
     ) -> None:
         for open_ms in [at for at in record.missing if at in stored]:
             del record.missing[open_ms]
@@ -389,21 +458,17 @@ class Follower:
         self.summary.delays_s.append(delay_s)
         self._say(f"{iso(close_ms)} {series} closed at {close:g}, stored {delay_s:.1f} s later")
 
-    def _stored(self, kind: str, since_ms: int, until_ms: int) -> dict[str, dict[int, float]]:
+    def _stored(
+        self, symbols: Sequence[str], kind: str, since_ms: int, until_ms: int
+    ) -> dict[str, dict[int, float]]:
         """By symbol and open time: the close of each stored bar, in one read."""
         found = self._store.candles(
-            self._request.category, self._symbols, self._request.interval, kind, since_ms, until_ms
+            self._request.category, symbols, self._request.interval, kind, since_ms, until_ms
         ).select("symbol", pl.col("open_time").dt.epoch("ms"), "close")
         closes: dict[str, dict[int, float]] = {}
         for symbol, open_ms, close in found.iter_rows():
             closes.setdefault(symbol, {})[open_ms] = close
         return closes
-
-
-def _again(interval: str) -> int:
-    """How many stored bars are asked again every quarter of an hour: a day, in one page of the venue."""
-    step = INTERVALS[interval]
-    return max(REREAD_BARS, min(DAY_MS // step, 990)) if step else REREAD_BARS
 
 
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}

@@ -103,4 +103,4 @@ def fetch_announcements(store: Store, connector: BybitConnector, locale: str) ->
 
     rows = read_pages(partial(connector.announcements_page, locale), lambda row: key_of(row) in known)
     frame = news_frame(as_items(rows, now_ms))
-    return put_items(store, frame, source="bybit announcements", now_ms=now_ms, languages=(locale[:2],))
+    return put_items(store, frame, source="bybit announcements", now_ms=now_ms, languages=(locale[:2], "en"))

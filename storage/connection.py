@@ -22,6 +22,7 @@ from recur.vocabulary import DataMissing, RecurError, StoreBusy, StoreCorrupt, U
 
 _SETTLE_S = 0.5  # a file that another process is just creating looks broken for an instant
 _PAUSE_S = 0.005
+_HEADERS_BYTES = 3 * 4096  # of a DuckDB file: what it is, and twice where its content begins
 _SESSION_S = 60.0  # for threads of this process to end what they do with the file
 _FATAL = (duckdb.FatalException, duckdb.InternalException)
 _BROKEN = (*_FATAL, duckdb.IOException, duckdb.SerializationException)
@@ -47,6 +48,17 @@ def _translated(error: duckdb.Error, path: Path) -> RecurError:
     )
 
 
+def _is_stillborn(path: Path) -> bool:
+    """Whether the process that was making this file died before it had written the headers: nothing was ever stored.
+    An empty file is none of these, since a store may have been emptied: that has to be told."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(_HEADERS_BYTES)
+    except OSError:  # a folder, a file of somebody else: to attach it will tell
+        return False
+    return len(begin) < _HEADERS_BYTES and begin[8:12] == b"DUCK"
+
+
 def _attach(file: AttachedFile, read_only: bool, wait_s: float) -> None:
     """Attach the file, waiting up to ``wait_s`` seconds while another process holds it."""
     started = time.monotonic()
@@ -60,6 +72,9 @@ def _attach(file: AttachedFile, read_only: bool, wait_s: float) -> None:
                 waited = time.monotonic() - started
                 held = "Could not set lock" in str(error)
                 if waited >= (wait_s if held else min(wait_s, _SETTLE_S)):
+                    if not held and not read_only and _is_stillborn(file.path):
+                        file.path.unlink()
+                        continue
                     if not held:
                         raise _translated(error, file.path) from error
                     pid = re.search(r"PID (\d+)", str(error))
@@ -129,6 +144,9 @@ def read_connection(path: Path, wait_s: float) -> Iterator[duckdb.DuckDBPyConnec
     """A connection for reading. Raises DataMissing when there is no store yet, StoreBusy, StoreCorrupt, UsageError."""
     if not path.exists():
         raise DataMissing(f"There is no store at {path} yet.", "Run `recur fetch` first.")
+    if _is_stillborn(path):
+        with write_connection(path, wait_s):
+            pass
     with _turn(path, wait_s) as file:
         if not file.attached:
             _attach(file, read_only=True, wait_s=wait_s)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import duckdb
 import numpy as np
 import polars as pl
 
@@ -44,9 +43,8 @@ def checked_rows(batches: Sequence[WindowRows]) -> tuple[Rows, list[int]]:
     if not some:
         return Rows.none(CANDLES), [0] * len(batches)
     order = CANDLE_SCHEMA.names()
-    frame = pl.concat(
-        [b.frame if b.frame.columns == order else b.frame.select(order) for b in some], how="vertical_relaxed"
-    )
+    frames = [b.frame if b.frame.columns == order else b.frame.select(order) for b in some]
+    frame = frames[0] if len(frames) == 1 else pl.concat(frames, how="vertical_relaxed")
     names = [(b.series.category, b.series.symbol, b.series.interval, b.series.kind) for b in some]
     heights = [batch.frame.height for batch in some]
     since, until = (np.repeat([getattr(b, side) for b in some], heights) for side in ("since_ms", "until_ms"))
@@ -141,35 +139,6 @@ def asked_ranges(rows: Rows, windows: Sequence[tuple[Series, int, int] | Asked])
         status, reason = ("gap", "venue empty") if short else ("done", "")
         out.append((series, since, until, expected, count, status, reason))
     return out
-
-
-def record(con: duckdb.DuckDBPyConnection, asked: Sequence[Asked], source: str, now_ms: int) -> None:
-    """Write down which ranges were asked and what came of it."""
-    if not asked:
-        return
-    columns = list(zip(*asked, strict=True))
-    numbers = ("since", "until", "expected", "rows")
-    windows = pl.DataFrame(
-        [
-            *(
-                pl.Series(name, [getattr(series, name) for series in columns[0]], dtype=pl.String)
-                for name in ("category", "symbol", "interval", "kind")
-            ),
-            *(pl.Series(n, c, dtype=pl.Int64) for n, c in zip(numbers, columns[1:5], strict=True)),
-            *(
-                pl.Series(n, c, dtype=pl.String)
-                for n, c in zip(("status", "reason"), columns[5:], strict=True)
-            ),
-        ]
-    )
-    con.register("asked", windows)
-    con.execute(
-        """INSERT INTO fetch_windows
-        SELECT category, symbol, interval, kind, make_timestamp_ms(since), make_timestamp_ms(until), expected, "rows",
-            expected - "rows", status, reason, ?, make_timestamp_ms(?) FROM asked""",
-        [source, now_ms],
-    )
-    con.unregister("asked")
 
 
 def merged_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -54,7 +54,7 @@ def asked(con: duckdb.DuckDBPyConnection, series: Series) -> list[tuple[int, int
     """Every range that was asked for a series, in the order of asking: (since_ms, until_ms, status, reason)."""
     return con.execute(
         """SELECT epoch_ms(since), epoch_ms(until), status, reason FROM fetch_windows
-        WHERE category = ? AND symbol = ? AND interval = ? AND kind = ? ORDER BY asked_at, rowid""",
+        WHERE category = ? AND symbol = ? AND interval = ? AND kind = ? ORDER BY rowid""",
         [series.category, series.symbol, series.interval, series.kind],
     ).fetchall()
 

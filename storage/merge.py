@@ -9,13 +9,17 @@ A key is one integer: the number of the series within the batch, then the time. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import overload
 
 import duckdb
 import numpy as np
 import polars as pl
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from recur.storage.frames import READ_ROWS
 from recur.storage.schema import Table
 
 Ints = NDArray[np.int64]
@@ -23,6 +27,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 _TIME_BITS = 43  # milliseconds until the year 2248
+_SMALL = 10_000
 _ONE = "incoming"  # name under which rows are shown to DuckDB
 
 
@@ -44,7 +49,7 @@ class Rows:
 
     series: list[tuple[str, ...]]
     at: Ints
-    values: list[Floats]
+    values: Sequence[Floats]
 
     @property
     def time_ms(self) -> Ints:
@@ -62,13 +67,44 @@ class Rows:
         return Rows(self.series, self.at[mask], [column[mask] for column in self.values])
 
 
+class _Columns(Sequence[Floats]):
+    """Columns of a frame in another order of rows (None: as they are), each made only while it is looked at: all of them at
+    once would need as much new memory again as the frame has."""
+
+    def __init__(self, frame: pl.DataFrame, names: Sequence[str], order: Ints | None) -> None:
+        self._frame, self._names, self._order = frame, names, order
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, place: int) -> Floats: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Floats]: ...
+    def __getitem__(self, place: int | slice) -> Floats | Sequence[Floats]:
+        if isinstance(place, slice):
+            return _Columns(self._frame, self._names[place], self._order)
+        column: Floats = self._frame.get_column(self._names[place]).to_numpy()
+        return column if self._order is None else column[self._order]
+
+
 def constant(frame: pl.DataFrame, names: tuple[str, ...]) -> tuple[str, ...] | None:
     """The one value of each column, None when one of them has several (or the frame is empty)."""
     if frame.is_empty():
         return None
     first = frame.row(0)
     wanted = [first[frame.get_column_index(name)] for name in names]
-    same = frame.lazy().select((pl.col(n) == v).all() for n, v in zip(names, wanted, strict=True)).collect()
+    if frame.height <= _SMALL:  # a query of polars costs more than to look
+        columns = [frame.get_column(name) for name in names]
+        if any(column.has_nulls() for column in columns):
+            return None
+        alike = all((column == value).all() for column, value in zip(columns, wanted, strict=True))
+        return tuple(wanted) if alike else None
+    same = (
+        frame.lazy()
+        .select(pl.col(n).eq_missing(v).all() for n, v in zip(names, wanted, strict=True))
+        .collect()
+    )
     return tuple(wanted) if all(same.row(0)) else None
 
 
@@ -164,62 +200,63 @@ def merge(con: duckdb.DuckDBPyConnection, rows: Rows, table: Table, *, source: s
 
 def _stored(con: duckdb.DuckDBPyConnection, rows: Rows, table: Table) -> Rows:
     """What is stored of the same series between the first and the last time of each."""
-    names = ", ".join(f"c.{name}" for name in (table.time, *table.values))
     time = rows.time_ms
-    if len(rows.series) == 1:
-        fixed = "".join(f" AND c.{k} = ?" for k in table.series)
-        found: pl.DataFrame = con.sql(
-            f"""SELECT {names} FROM {table.name} c
-            WHERE c.{table.time} BETWEEN make_timestamp_ms(?) AND make_timestamp_ms(?){fixed}""",
-            params=[int(time[0]), int(time[-1]), *rows.series[0]],
-        ).pl()
-        number = None
+    single = len(rows.series) == 1
+    if single:
+        source = f"{table.name} c WHERE {' AND '.join(f'c.{k} = ?' for k in table.series)} AND"
     else:
-        starts = np.searchsorted(rows.number, np.arange(len(rows.series)))
-        ends = np.append(starts[1:], len(time)) - 1
-        spans = pl.DataFrame(rows.series, schema=dict.fromkeys(table.series, pl.String), orient="row")
-        spans = spans.with_columns(
-            pl.Series("number", np.arange(len(starts))),
-            pl.Series("since", time[starts]).cast(pl.Datetime("ms")),
-            pl.Series("until", time[ends]).cast(pl.Datetime("ms")),
+        con.register("spans", _spans(rows, table))
+        same = " AND ".join(f"c.{k} = s.{k}" for k in table.series)
+        source = f"{table.name} c JOIN spans s ON {same} AND c.{table.time} BETWEEN s.since AND s.until WHERE"
+    source += f" c.{table.time} BETWEEN make_timestamp_ms(?) AND make_timestamp_ms(?)"
+    params = [*(rows.series[0] if single else ()), int(time.min()), int(time.max())]
+    ((n,),) = con.execute(f"SELECT count(*) FROM {source}", params).fetchall()
+    if n:  # most of what arrives is new, and to see that costs half of reading nothing
+        names = ", ".join(
+            [*(f"c.{name}" for name in (table.time, *table.values)), *(["s.number"] if not single else [])]
         )
-        con.register("spans", spans)
-        found = con.sql(
-            f"""SELECT {names}, s.number FROM {table.name} c JOIN spans s ON {" AND ".join(f"c.{k} = s.{k}" for k in table.series)}
-            AND c.{table.time} BETWEEN s.since AND s.until
-            WHERE c.{table.time} BETWEEN make_timestamp_ms(?) AND make_timestamp_ms(?)""",
-            params=[int(time.min()), int(time.max())],
-        ).pl()
+        found: pl.DataFrame = con.sql(f"SELECT {names} FROM {source}", params=params).pl(READ_ROWS)
+    if not single:
         con.unregister("spans")
-        number = found.get_column("number").to_numpy()
+    if not n:
+        return replace(Rows.none(table), series=rows.series)
     at = found.get_column(table.time).dt.timestamp("ms").to_numpy()
-    at = at if number is None else (number << _TIME_BITS) | at
-    values = [found.get_column(name).to_numpy() for name in table.values]
+    if not single:
+        at = (found.get_column("number").to_numpy() << _TIME_BITS) | at
+    order: Ints | None = None
     if len(at) > 1 and not bool((at[1:] > at[:-1]).all()):
         order = np.argsort(at, kind="stable")
-        at, values = at[order], [column[order] for column in values]
-    return Rows(rows.series, at, values)
+        at = at[order]
+    return Rows(rows.series, at, _Columns(found, table.values, order))
 
 
-def _frame(rows: Rows, table: Table, named: bool) -> pl.DataFrame:
+def _spans(rows: Rows, table: Table) -> pl.DataFrame:
+    """For each series of ``rows``: its names, its number and its first and last time."""
+    time = rows.time_ms
+    starts = np.searchsorted(rows.number, np.arange(len(rows.series)))
+    ends = np.append(starts[1:], len(time)) - 1
+    spans = pl.DataFrame(rows.series, schema=dict.fromkeys(table.series, pl.String), orient="row")
+    return spans.with_columns(
+        pl.Series("number", np.arange(len(starts))),
+        pl.Series("since", time[starts]).cast(pl.Datetime("ms")),
+        pl.Series("until", time[ends]).cast(pl.Datetime("ms")),
+    )
+
+
+def _columns(rows: Rows, table: Table, named: bool) -> dict[str, pa.Array]:
     """``rows`` as the tables want them: naive UTC times, absent values null; series names where they differ."""
-    columns = [pl.Series(table.time, rows.time_ms).cast(pl.Datetime("ms"))]
-    columns += [
-        pl.Series(name, column, nan_to_null=True)
-        for name, column in zip(table.values, rows.values, strict=True)
-    ]
+    columns = {table.time: pa.array(rows.time_ms).view(pa.timestamp("ms"))}
+    columns |= {n: pa.array(c, from_pandas=True) for n, c in zip(table.values, rows.values, strict=True)}
     if named:
-        number = rows.number
-        columns += [
-            pl.Series(name, [s[i] for s in rows.series], dtype=pl.String).gather(number)
-            for i, name in enumerate(table.series)
-        ]
-    return pl.DataFrame(columns)
+        number = pa.array(rows.number.astype(np.int32))
+        for i, name in enumerate(table.series):
+            columns[name] = pa.DictionaryArray.from_arrays(number, pa.array([s[i] for s in rows.series]))
+    return columns
 
 
 def _append(con: duckdb.DuckDBPyConnection, rows: Rows, table: Table, source: str, now_ms: int) -> None:
     single = len(rows.series) == 1
-    con.register(_ONE, _frame(rows, table, named=not single))
+    con.register(_ONE, pa.table(_columns(rows, table, named=not single)))
     names = ", ".join("?" for _ in table.series) if single else ", ".join(table.series)
     con.execute(
         f"""INSERT INTO {table.name} ({", ".join((*table.key, *table.values))}, source, first_seen)
@@ -238,11 +275,10 @@ def _revise(
     source: str,
     now_ms: int,
 ) -> None:
-    frame = _frame(Rows(rows.series, rows.at, after), table, named=True).with_columns(
-        pl.Series(f"old_{name}", column, nan_to_null=True)
-        for name, column in zip(table.values, before, strict=True)
-    )
-    con.register(_ONE, frame)
+    columns = _columns(Rows(rows.series, rows.at, after), table, named=True)
+    olds_of = zip(table.values, before, strict=True)
+    columns |= {f"old_{name}": pa.array(column, from_pandas=True) for name, column in olds_of}
+    con.register(_ONE, pa.table(columns))
     keys = ", ".join(table.key)
     olds, news = (", ".join(f"{side}_{v}" for v in table.values) for side in ("old", "new"))
     con.execute(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import duckdb
 import polars as pl
 
-from recur.storage.frames import aware
+from recur.storage.frames import READ_ROWS, aware
 from recur.storage.schema import Table
 
 
@@ -32,7 +32,8 @@ def read_rows(
             one_series(con, table, wanted | {"symbol": symbol}, since_ms, until_ms)
             for symbol in sorted(set(symbols))
         ]
-        return pl.concat([schema.to_frame(), *(part.select(schema.names()) for part in parts)])
+        parts = [part.select(schema.names()) for part in parts]
+        return parts[0] if len(parts) == 1 else pl.concat([schema.to_frame(), *parts])
     where, params = _between(table.time, since_ms, until_ms)
     for name, value in wanted.items():
         if value is not None:
@@ -55,7 +56,7 @@ def read_rows(
             params.append(as_of_ms)
     keys = ", ".join(f"c.{k}" for k in table.key)
     query = f"SELECT {keys}, {', '.join(values)} FROM {table.name} c {joined} WHERE {' AND '.join(where)} ORDER BY {keys}"
-    found: pl.DataFrame = con.sql(query, params=params).pl()
+    found: pl.DataFrame = con.sql(query, params=params).pl(READ_ROWS)
     return aware(found, schema)
 
 
@@ -81,7 +82,7 @@ def one_series(
     found: pl.DataFrame = con.sql(
         f"SELECT {', '.join((table.time, *table.values))} FROM {table.name} c WHERE {' AND '.join(where)}",
         params=[*params, *names.values()],
-    ).pl()
+    ).pl(READ_ROWS)
     time = found.get_column(table.time).dt.replace_time_zone("UTC")
     if not time.is_sorted():
         found = found.with_columns(time).sort(table.time)

@@ -28,11 +28,11 @@ from recur.storage.fetched import (
     checked_rows,
     merged_ranges,
     names_of,
-    record,
     table_of,
 )
 from recur.storage.frames import CANDLE_SCHEMA, FUNDING_SCHEMA, POINT_SCHEMAS
 from recur.storage.merge import PutResult, Rows, merge, rows_of
+from recur.storage.record import record
 from recur.storage.schema import CANDLES, FUNDING, POINTS, Table
 from recur.storage.series import read_rows
 from recur.vocabulary import Series, did_you_mean

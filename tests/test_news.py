@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from recur.connectors import announcements
 from recur.connectors.cleantext import clean, latin_share
 from recur.connectors.feeds import MAX_BYTES, download, read_feed
+from recur.connectors.language import UNKNOWN, language_of
 from recur.connectors.newsfiles import read_news
 from recur.connectors.sandbox.faults import Rule
 from recur.connectors.sandbox.generated import GeneratedMarket
@@ -121,6 +122,36 @@ def test_another_script_is_left_out_and_counted(tmp_path: Path) -> None:
     frame = read_feed(_rss(_item("Bitcoin rises again today"), _item("比特币价格上涨", guid="2")), URL, NOW)
     done = put_items(store, frame, source=URL, now_ms=NOW, languages=("en",))
     assert (done["items"], done["other_language"], done["new"]) == (2, 1, 1)
+
+
+def test_another_language_of_the_same_script_is_left_out_and_counted(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    titles = ("Bitcoin falls below $60,000", "Ethereum : les frais en forte baisse", "BTC ETH SOL pump")
+    feed = _rss(*(_item(title, guid=title) for title in titles))
+    done = put_items(store, read_feed(feed, URL, NOW), source=URL, now_ms=NOW, languages=("en",))
+    assert (done["items"], done["other_language"], done["new"]) == (3, 1, 2)
+    assert sorted(store.news()["title"]) == ["BTC ETH SOL pump", "Bitcoin falls below $60,000"]
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("Furto di 200 milioni di dollari", "it"),
+        ("Krypto-Betrug: Polizei warnt vor falschen Plattformen", "de"),
+        ("Indonesia larang aset kripto", "id"),
+        ("비트코인 급락", "ko"),
+        ("THE FED HOLDS RATES STEADY AS INFLATION COOLS", "en"),
+        ("XRP", UNKNOWN),
+        ("", UNKNOWN),
+        ("SEC processa a Binance", UNKNOWN),  # four languages could have written it
+    ],
+)
+def test_a_language_is_told_only_when_it_is_certain(text: str, language: str) -> None:
+    assert language_of(text) == language
+
+
+def test_a_language_that_nobody_has_learned_leaves_all_in() -> None:
+    assert language_of("Furto di 200 milioni di dollari", ["xx"]) == UNKNOWN
 
 
 def test_an_edited_item_is_a_version_and_a_repeated_reading_changes_nothing(tmp_path: Path) -> None:

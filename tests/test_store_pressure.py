@@ -18,7 +18,7 @@ import pytest
 from recur.pipeline.certificate import certify
 from recur.storage.inventory import duplicates
 from recur.storage.store import Store, WindowRows
-from recur.vocabulary import HOUR_MS, Series, StoreBusy, parse_time
+from recur.vocabulary import HOUR_MS, Series, StoreBusy, StoreCorrupt, parse_time
 from tests.market import candles
 
 T0 = parse_time("2025-07-01")
@@ -227,3 +227,24 @@ def test_a_busy_store_names_the_process_that_holds_it_also_during_a_session(tmp_
         other = subprocess.run(words, capture_output=True, text=True, check=False)
     assert StoreBusy.__name__ in other.stderr and f"held by process {os.getpid()} " in other.stderr
     assert isinstance(store.candles(), pl.DataFrame)
+
+
+@pytest.mark.parametrize("written", [12, 4096, 8192])
+def test_a_store_whose_making_was_killed_is_made_again(tmp_path: Path, written: int) -> None:
+    whole, home = Store(tmp_path / "whole"), tmp_path / "killed"
+    with whole.write() as con:
+        con.execute("SELECT 1")
+    home.mkdir()
+    (home / "market.duckdb").write_bytes(whole.path.read_bytes()[:written])
+    assert Store(home).candles().is_empty()
+    (home / "market.duckdb").write_bytes(whole.path.read_bytes()[:written])
+    Store(home).put_windows([page(0)], source="test", now_ms=1)
+    assert Store(home).candles().height == PAGE
+
+
+def test_a_short_file_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "market.duckdb"
+    path.write_bytes(b"notes of somebody\n")
+    with pytest.raises(StoreCorrupt):
+        Store(tmp_path).put_windows([page(0)], source="test", now_ms=1)
+    assert path.read_bytes() == b"notes of somebody\n"
