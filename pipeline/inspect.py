@@ -33,7 +33,7 @@ from recur.pipeline.load import open_store, stored_series
 from recur.pipeline.samples import Samples, make_samples
 from recur.pipeline.settings import load_config
 from recur.storage.runs import RunFolder, open_run
-from recur.vocabulary import INTERVALS, DataMissing, from_ms, parse_time
+from recur.vocabulary import INTERVALS, DataMissing, UsageError, from_ms, parse_time
 
 CUTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """Bars after which the state is cut in the ablation."""
@@ -62,6 +62,8 @@ def inspect_run(home: Path, run_id: str, *, trust: bool = False) -> dict[str, An
     """
     folder = open_run(home, run_id)
     manifest = folder.read_manifest()
+    if manifest.get("kind") == "sentiment":
+        raise UsageError(f"Run {run_id} reads texts, not bars.", "Give it one: --trace TEXT.")
     spans = manifest["split"] if "split" in manifest else manifest["folds"][-1]
     inner = folder if "split" in manifest else folder.part(f"folds/{len(manifest['folds'])}")
     if not inner.weights.exists():

@@ -334,6 +334,8 @@ def test_stored_news_are_scored_once_and_marked_where_the_model_may_have_learned
 def test_the_command_line_traces_a_text(
     trained: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert cli.run(["--home", str(trained[0]), "inspect", trained[1]["run_id"]]) == 2
+    assert "reads texts, not bars" in capsys.readouterr().err
     words = ["--home", str(trained[0]), "--json", "inspect", trained[1]["run_id"], "--trace", "Acme rises"]
     assert cli.run(words) == 0
     found = json.loads(capsys.readouterr().out)
