@@ -30,17 +30,13 @@ from recur.models.ssd_kernels import (
     scaled_backward,
     scaled_forward,
 )
+from recur.models.tiles import each_tile, tile_rows
 
 CHUNK = 64
 SCALED_BELOW = 80.0
 """Largest Σ|dt·A| of a chunk for the scaled form: its factors stay within e^±40."""
-TILE_STEPS = 2048
+TILE_STEPS = 1024
 """Steps (batch times time) of one tile on a CPU."""
-
-
-def tile_rows(batch: int, length: int, device: torch.device) -> int:
-    """Rows of the batch per tile."""
-    return batch if device.type != "cpu" else max(1, min(batch, TILE_STEPS // max(length, 1)))
 
 
 def cumulate(dt: Tensor, A: Tensor) -> tuple[Tensor, bool]:
@@ -50,11 +46,13 @@ def cumulate(dt: Tensor, A: Tensor) -> tuple[Tensor, bool]:
 
 
 def scan_tile(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, marks: Marks | None
-) -> tuple[Saved, bool]:
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, marks: Marks | None, to: Saved
+) -> bool:
     """One tile forward, in the layouts of ``ssd_kernels``; True where the scaled form was taken."""
     cum, scaled = cumulate(dt, A)
-    return (scaled_forward if scaled else exact_forward)(x, dt, cum, B, C, state, marks), scaled
+    to.cum.copy_(cum)
+    (scaled_forward if scaled else exact_forward)(x, dt, B, C, state, marks, to)
+    return scaled
 
 
 def direct(own: Tensor, dt: Tensor, D: Tensor) -> Tensor:
@@ -99,39 +97,39 @@ class _SSD(torch.autograd.Function):
         segment: Tensor | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        b, length = x.shape[0], x.shape[1] * x.shape[2]
-        rows = tile_rows(b, length, x.device)
-        y, tiles = torch.empty_like(x, memory_format=torch.contiguous_format), []
-        end = state.new_empty(state.shape[1], b, *state.shape[2:])
-        for r in range(0, b, rows):
-            s = slice(r, r + rows)
-            marks = None if segment is None else chunk_marks(segment[s], chunk, x.dtype)
-            saved, scaled = scan_tile(x[s], dt[s], A, B[s], C[s], state[s].transpose(0, 1), marks)
-            torch.addcmul(saved.past, x[s], direct(saved.own, dt[s], D), out=y[s])
-            end[:, s] = saved.end
-            tiles.append((scaled, saved.cum, saved.past, saved.own, saved.states))
-        ctx.save_for_backward(x, dt, A, B, C, D, segment, end, *(t for tile in tiles for t in tile[1:]))
-        ctx.scaled, ctx.chunk, ctx.rows = [tile[0] for tile in tiles], chunk, rows
-        return y, end.transpose(0, 1).contiguous()
+        rows = tile_rows(x.shape[0], x.shape[1] * chunk, x.device, TILE_STEPS)
+        y, saved = torch.empty_like(x, memory_format=torch.contiguous_format), Saved.room(x, x.shape, B.shape[-1])
+
+        def tile(k: slice) -> bool:
+            marks = None if segment is None else chunk_marks(segment[k], chunk, x.dtype)
+            to = saved.rows(k)
+            scaled = scan_tile(x[k], dt[k], A, B[k], C[k], state[k].transpose(0, 1), marks, to)
+            torch.addcmul(to.past, x[k], direct(to.own, dt[k], D), out=y[k])
+            return scaled
+
+        ctx.scaled = each_tile(tile, x.shape[0], rows)
+        ctx.save_for_backward(x, dt, A, B, C, D, segment, *saved.parts())
+        ctx.chunk, ctx.rows = chunk, rows
+        return y, saved.end.transpose(0, 1).contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dend: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, segment, end, *rest = ctx.saved_tensors
+        x, dt, A, B, C, D, segment, *rest = ctx.saved_tensors
+        saved = Saved(*rest)
         dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
         dstate = torch.empty_like(dend)
-        dA, dD = A.new_zeros(dt.shape[3:]), torch.zeros_like(D)
-        for i, r in enumerate(range(0, x.shape[0], ctx.rows)):
-            s = slice(r, r + ctx.rows)
-            marks = None if segment is None else chunk_marks(segment[s], ctx.chunk, x.dtype)
-            cum, past, own, states = rest[4 * i : 4 * i + 4]
-            saved = Saved(cum, past, own, states, end[:, s])
-            part = scan_tile_backward(
-                dy[s], dend[s].transpose(0, 1), x[s], dt[s], A, B[s], C[s], D, saved, ctx.scaled[i], marks
+
+        def tile(k: slice) -> tuple[Tensor, Tensor]:
+            marks = None if segment is None else chunk_marks(segment[k], ctx.chunk, x.dtype)
+            scaled = ctx.scaled[k.start // ctx.rows]
+            dx[k], ddt[k], dA, dB[k], dC[k], dD, after = scan_tile_backward(
+                dy[k], dend[k].transpose(0, 1), x[k], dt[k], A, B[k], C[k], D, saved.rows(k), scaled, marks
             )
-            dx[s], ddt[s], dB[s], dC[s], dstate[s] = *part[:2], *part[3:5], part[6].transpose(0, 1)
-            dA += part[2]
-            dD += part[5]
+            dstate[k] = after.transpose(0, 1)
+            return dA, dD
+
+        dA, dD = map(sum, zip(*each_tile(tile, x.shape[0], ctx.rows), strict=True))
         return dx, ddt, dA.view_as(A), dB, dC, dD, dstate, None, None
 
 
