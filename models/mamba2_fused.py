@@ -42,6 +42,11 @@ class Shape:
     def conv(self) -> int:
         return self.inner + 2 * self.groups * self.state
 
+    def split(self, convolved: Tensor) -> tuple[Tensor, ...]:
+        """Channels of the convolution (…, C) as x, B and C (…, ·)."""
+        n = self.groups * self.state
+        return torch.split(convolved, [self.inner, n, n], -1)
+
 
 @dataclass(slots=True)
 class _Tile:
@@ -71,8 +76,7 @@ def _tile(
         zx, [s.inner, s.conv, len(dt_bias), zx.shape[-1] - s.inner - s.conv - len(dt_bias)], -1
     )
     pre = conv_forward(raw, conv_w, conv_b, window, segment)
-    act = torch.unflatten(F.silu(pre), 1, (-1, s.chunk))
-    x, B, C = torch.split(act, [s.inner, s.groups * s.state, s.groups * s.state], -1)
+    x, B, C = (torch.unflatten(F.silu(part), 1, (-1, s.chunk)) for part in s.split(pre))
     dt_raw = dt_raw + dt_bias
     dt = F.softplus(dt_raw)
     if live is not None:
@@ -178,14 +182,13 @@ class _Layer(torch.autograd.Function):
             torch.ops.aten.silu_backward.grad_input(y.mul_(dgated), t.z, grad_input=dz)
             dy = dgated.mul_(gate).view(t.x.shape)
             marks = None if segment_k is None else chunk_marks(segment_k, s.chunk, u.dtype)
-            dx, ddt, dA, dB, dC, dD, before = scan_tile_backward(
-                dy, dend[k].transpose(0, 1), t.x, t.dt, A, t.B, t.C, D, kept, scaled, marks
+            to = (torch.empty_like(t.x), u.new_empty(t.B.shape), u.new_empty(t.C.shape))
+            ddt, dA, dD, before = scan_tile_backward(
+                dy, dend[k].transpose(0, 1), t.x, t.dt, A, t.B, t.C, D, kept, scaled, marks, to
             )
-            dpre, at = torch.empty_like(t.pre), 0
-            for part in (dx, dB, dC):
-                part = part.reshape(*t.pre.shape[:2], -1)
-                to = slice(at, at := at + part.shape[-1])
-                torch.ops.aten.silu_backward.grad_input(part, t.pre[..., to], grad_input=dpre[..., to])
+            dpre = torch.empty_like(t.pre)
+            for part, pre, dpart in zip(to, s.split(t.pre), s.split(dpre), strict=True):
+                torch.ops.aten.silu_backward.grad_input(part.view(pre.shape), pre, grad_input=dpart)
             dconv = torch.zeros_like(conv_w.t())
             dwindow_k = conv_backward(dpre, t.raw, conv_w, window[k], segment_k, draw, dconv)
             if dlast is not None:

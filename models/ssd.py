@@ -72,15 +72,16 @@ def scan_tile_backward(
     saved: Saved,
     scaled: bool,
     marks: Marks | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One tile backward: dx, d(dt), dA (g, h), dB, dC, dD (g, h), d(state)."""
+    to: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One tile backward: writes dx, dB and dC ``to`` their places, → d(dt), dA (g, h), dD (g, h), d(state)."""
     backward = scaled_backward if scaled else exact_backward
-    dx, ddt, da, dB, dC, dstate = backward(dy, dend, x, dt, B, C, saved, marks)
+    ddt, da, dstate = backward(dy, dend, x, dt, B, C, saved, marks, to)
     dyx = (dy * x).sum(-1)
-    dx.addcmul_(dy, direct(saved.own, dt, D))
+    to[0].addcmul_(dy, direct(saved.own, dt, D))
     ddt = ddt + dyx * saved.own.unsqueeze(-1) + da * A.view(dt.shape[3:])
     dA = (da * dt).sum((0, 1, 2)).to(dt.dtype)
-    return dx, ddt.to(dt.dtype), dA, dB, dC, dyx.sum((0, 1, 2)), dstate
+    return ddt.to(dt.dtype), dA, dyx.sum((0, 1, 2)), dstate
 
 
 class _SSD(torch.autograd.Function):
@@ -123,10 +124,11 @@ class _SSD(torch.autograd.Function):
         def tile(k: slice) -> tuple[Tensor, Tensor]:
             marks = None if segment is None else chunk_marks(segment[k], ctx.chunk, x.dtype)
             scaled = ctx.scaled[k.start // ctx.rows]
-            dx[k], ddt[k], dA, dB[k], dC[k], dD, after = scan_tile_backward(
-                dy[k], dend[k].transpose(0, 1), x[k], dt[k], A, B[k], C[k], D, saved.rows(k), scaled, marks
+            after, to = dend[k].transpose(0, 1), (dx[k], dB[k], dC[k])
+            ddt[k], dA, dD, before = scan_tile_backward(
+                dy[k], after, x[k], dt[k], A, B[k], C[k], D, saved.rows(k), scaled, marks, to
             )
-            dstate[k] = after.transpose(0, 1)
+            dstate[k] = before.transpose(0, 1)
             return dA, dD
 
         dA, dD = map(sum, zip(*each_tile(tile, x.shape[0], ctx.rows), strict=True))

@@ -161,25 +161,23 @@ def _products(
     states: Tensor,
     dnew: Tensor,
     marks: Marks | None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of B and C (b·c, Q, n) of one group, through scores and states (b, c, n, h·p)."""
-    dC = torch.bmm(dys, states.view(len(dys), -1, dys.shape[2]).transpose(1, 2))
-    dB = torch.bmm(xs, dnew.view(len(xs), -1, xs.shape[2]).transpose(1, 2))
+    dB: Tensor,
+    dC: Tensor,
+) -> None:
+    """Write the gradients of B and C (b·c, Q, n) of one group, through scores and states (b, c, n, h·p)."""
+    torch.bmm(dys, states.view(len(dys), -1, dys.shape[2]).transpose(1, 2), out=dC)
+    torch.bmm(xs, dnew.view(len(xs), -1, xs.shape[2]).transpose(1, 2), out=dB)
     if marks is not None:
         dC.mul_(marks.head.view(len(dC), -1, 1))
         dB.mul_(marks.tail.view(len(dB), -1, 1))
-    return dB.baddbmm_(dscores.transpose(1, 2), C), dC.baddbmm_(dscores, B)
+    dB.baddbmm_(dscores.transpose(1, 2), C)
+    dC.baddbmm_(dscores, B)
 
 
 def _leaving(products: Tensor, dend: Tensor, end: Tensor, heads: int) -> Tensor:
     """(b, c, g, h): ⟨dS', S'⟩ of the state that leaves each chunk, ``products`` being those of all but the last."""
     last = _per_head((dend * end).unsqueeze(2), heads)
     return torch.cat([_per_head(products, heads), last], 1)
-
-
-def _grouped(parts: list[Tensor], like: Tensor) -> Tensor:
-    """Tensors (b·c, Q, n) of each group as (b, c, Q, g, n)."""
-    return parts[0].view(like.shape) if len(parts) == 1 else torch.stack(parts, 2).view(like.shape)
 
 
 def _carry(states: list[Tensor], new: Tensor, through: Tensor, backwards: bool = False) -> None:
@@ -204,14 +202,12 @@ def scaled_forward(
     new = _chunk_states(Bm, xs).mul_(_wide(step, p))
     torch.mul(state, _wide(half[:, :1], p)[:, :, 0], out=to.states[:, :, 0])
     _carry([*to.states.unbind(2), to.end], new, _wide(_alive(step, marks), p))
-    y = to.past.view(1, b * c, q, h * p) if g == 1 else x.new_empty(g, b * c, q, h * p)
     for i in range(g):
+        y = _flat(to.past, i)
         scores = torch.bmm(_flat(C, i), _flat(B, i).transpose(1, 2))
         to.own[..., i] = _diagonal(scores, b)
-        torch.bmm(_seen(scores, marks, -1), _flat(xs, i), out=y[i])
-        y[i].baddbmm_(_flat(Cm, i), to.states[i].view(b * c, -1, h * p))
-    if g > 1:
-        to.past.copy_(y.view(g, b, c, q, h, p).permute(1, 2, 3, 0, 4, 5))
+        torch.bmm(_seen(scores, marks, -1), _flat(xs, i), out=y)
+        y.baddbmm_(_flat(Cm, i), to.states[i].view(b * c, -1, h * p))
     to.past.mul_(u.unsqueeze(-1))
 
 
@@ -224,8 +220,12 @@ def scaled_backward(
     C: Tensor,
     saved: Saved,
     marks: Marks | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ dx and d(dt) without the self term, d(dt) also without its way through dt·A; d(dt·A), dB, dC, d(state)."""
+    to: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes dx without the self term, dB and dC ``to`` tensors like x, B and C.
+
+    → d(dt) without the self term and its way through dt·A, d(dt·A), d(state).
+    """
     b, c, q, g, h, p = x.shape
     u, grow = _factors(saved.cum, x.dtype)
     v = grow * dt
@@ -237,25 +237,23 @@ def scaled_backward(
     dnew, dstate = torch.empty_like(into), torch.empty_like(dend)
     torch.mul(dend, _wide(half[:, -1:], p)[:, :, 0], out=dnew[:, :, -1])
     _carry([*dnew.unbind(2)[::-1], dstate], into, _wide(_alive(step, marks), p), backwards=True)
-    dxs, dBs, dCs = x.new_empty(g, b * c, q, h * p), [], []
+    dx, dB, dC = to
     for i in range(g):
-        Ci, Bi, xi, di = _flat(C, i), _flat(B, i), _flat(xs, i), _flat(dys, i)
+        Ci, Bi, xi, di, dxi = (_flat(t, i) for t in (C, B, xs, dys, dx))
         scores = _seen(torch.bmm(Ci, Bi.transpose(1, 2)), marks, -1)
-        torch.bmm(scores.transpose(1, 2), di, out=dxs[i])
-        dxs[i].baddbmm_(_flat(Bm, i), dnew[i].view(b * c, -1, h * p))
+        torch.bmm(scores.transpose(1, 2), di, out=dxi)
+        dxi.baddbmm_(_flat(Bm, i), dnew[i].view(b * c, -1, h * p))
         dscores = _seen(torch.bmm(di, xi.transpose(1, 2), out=scores), marks)
-        dB, dC = _products(dscores, di, xi, Bi, Ci, saved.states[i], dnew[i], marks)
-        dBs.append(dB)
-        dCs.append(dC)
+        _products(dscores, di, xi, Bi, Ci, saved.states[i], dnew[i], marks, _flat(dB, i), _flat(dC, i))
     # step' is the factor between d(state) and what is carried back, so that the product is taken of what is at hand
     leaving = _leaving(torch.mul(dnew[:, :, :-1], saved.states[:, :, 1:], out=into[:, :, 1:]), dend, saved.end, h)
     leaving[:, :-1] /= step[:, 1:]
-    dxs = dxs.view(g, b, c, q, h, p).permute(1, 2, 3, 0, 4, 5)
-    r = (dxs * x).sum(-1).double()
-    dcum = (dy * saved.past).sum(-1).double() - r * v
+    spare = xs
+    r = torch.mul(dx, x, out=spare).sum(-1).double()
+    dcum = torch.mul(dy, saved.past, out=spare).sum(-1).double() - r * v
     dcum[:, :, -1] += leaving
-    dx = dxs.mul_(v.unsqueeze(-1))
-    return dx, r * grow, _log_decay_gradient(dcum), _grouped(dBs, B), _grouped(dCs, C), dstate
+    dx.mul_(v.unsqueeze(-1))
+    return r * grow, _log_decay_gradient(dcum), dstate
 
 
 def exact_forward(
@@ -290,7 +288,8 @@ def exact_backward(
     C: Tensor,
     saved: Saved,
     marks: Marks | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    to: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`scaled_backward`, for any decay."""
     (b, c, q, g, h, p), cum = x.shape, saved.cum
     late = _exp(cum[:, :, -1:] - cum, x.dtype).unsqueeze(-1)
@@ -302,7 +301,7 @@ def exact_backward(
     dnew[:, :, -1] = dend
     through = _alive(_exp(cum[:, :, -1], x.dtype), marks)
     _carry([*dnew.unbind(2)[::-1], dstate], into, _wide(through, p), backwards=True)
-    dxd, dBs, dCs = x.new_empty(b, c, q, g, h, p), [], []
+    dx, dB, dC = to
     for i in range(g):
         Ci, Bi = _flat(C, i), _flat(B, i)
         scores = _seen(torch.bmm(Ci, Bi.transpose(1, 2)), marks, -1)
@@ -314,14 +313,14 @@ def exact_backward(
             dseen = torch.bmm(dyk, xd[:, :, :, i, k].reshape(b * c, q, p).transpose(1, 2))
             dscores.addcmul_(dseen, decay)
             inside = torch.bmm(decay.mul_(scores).transpose(1, 2), dyk).view(b, c, q, p)
-            torch.addcmul(inside, carried[:, :, :, k], late[:, :, :, i, k], out=dxd[:, :, :, i, k])
+            torch.addcmul(inside, carried[:, :, :, k], late[:, :, :, i, k], out=dx[:, :, :, i, k])
         dscores = _seen(dscores, marks)
-        dB, dC = _products(dscores, _flat(dyu, i), _flat(xw, i), Bi, Ci, saved.states[i], dnew[i], marks)
-        dBs.append(dB)
-        dCs.append(dC)
+        left = (saved.states[i], dnew[i], marks, _flat(dB, i), _flat(dC, i))
+        _products(dscores, _flat(dyu, i), _flat(xw, i), Bi, Ci, *left)
     products = torch.mul(dnew[:, :, :-1], saved.states[:, :, 1:], out=into[:, :, 1:])
-    r = (dxd * x).sum(-1).double()
-    dcum = (dy * saved.past).sum(-1).double() - r * dt
+    spare = xw
+    r = torch.mul(dx, x, out=spare).sum(-1).double()
+    dcum = torch.mul(dy, saved.past, out=spare).sum(-1).double() - r * dt
     dcum[:, :, -1] += _leaving(products, dend, saved.end, h)
-    dx = dxd.mul_(dt.unsqueeze(-1))
-    return dx, r, _log_decay_gradient(dcum), _grouped(dBs, B), _grouped(dCs, C), dstate
+    dx.mul_(dt.unsqueeze(-1))
+    return r, _log_decay_gradient(dcum), dstate
