@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from recur.models.conv import conv_backward, conv_forward, next_window
 from recur.models.ssd import TILE_STEPS, direct, scan_tile, scan_tile_backward
 from recur.models.ssd_kernels import Saved, chunk_marks
-from recur.models.tiles import each_tile, tile_rows
+from recur.models.tiles import each_tile, tile_rows, tiles, totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class _Layer(torch.autograd.Function):
         segment: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         b, length, _ = u.shape
-        rows = tile_rows(b, length, u.device, TILE_STEPS)
+        rows = tile_rows(b, length, u.device, TILE_STEPS, torch.get_num_threads())
         wide, back = _padded(w_in).t(), (w_out * norm_w).t()
         zx, out = u.new_empty(b, length, wide.shape[1]), u.new_empty(b, length, w_out.shape[0])
         last, rstd = torch.empty_like(window), u.new_empty(b, length, s.groups, 1)
@@ -141,7 +141,7 @@ class _Layer(torch.autograd.Function):
             last[k] = next_window(t.raw, window[k], lengths_k, segment_k)
             return scaled
 
-        ctx.scaled = each_tile(tile, b, rows)
+        ctx.scaled = each_tile(tile, tiles(b, rows))
         ctx.save_for_backward(
             u, w_in, conv_w, conv_b, dt_bias, A, D, norm_w, w_out, window, lengths, live, segment, zx, rstd,
             *saved.parts(),
@@ -160,8 +160,8 @@ class _Layer(torch.autograd.Function):
         b, length, d_model = u.shape
         wide, back = _padded(w_in), w_out * norm_w
         dout = u.new_zeros(b, length, w_out.shape[0]) if dout is None else dout.contiguous()
-        dend = torch.zeros_like(saved.end.transpose(0, 1)) if dend is None else dend
-        du, dwindow, dstate = torch.empty_like(u), torch.empty_like(window), torch.empty_like(dend)
+        du, dwindow = torch.empty_like(u), torch.empty_like(window)
+        dstate = torch.empty_like(saved.end.transpose(0, 1), memory_format=torch.contiguous_format)
 
         def tile(k: slice) -> tuple[Tensor, ...]:
             live_k, segment_k, lengths_k = (None if m is None else m[k] for m in (live, segment, lengths))
@@ -183,8 +183,9 @@ class _Layer(torch.autograd.Function):
             dy = dgated.mul_(gate).view(t.x.shape)
             marks = None if segment_k is None else chunk_marks(segment_k, s.chunk, u.dtype)
             to = (torch.empty_like(t.x), u.new_empty(t.B.shape), u.new_empty(t.C.shape))
+            after = torch.zeros_like(kept.end) if dend is None else dend[k].transpose(0, 1)
             ddt, dA, dD, before = scan_tile_backward(
-                dy, dend[k].transpose(0, 1), t.x, t.dt, A, t.B, t.C, D, kept, scaled, marks, to
+                dy, after, t.x, t.dt, A, t.B, t.C, D, kept, scaled, marks, to
             )
             dpre = torch.empty_like(t.pre)
             for part, pre, dpart in zip(to, s.split(t.pre), s.split(dpre), strict=True):
@@ -206,8 +207,7 @@ class _Layer(torch.autograd.Function):
             dwide = torch.mm(flat.t(), u[k].view(-1, d_model))
             return dwide, dconv, dpre.sum((0, 1)), ddt.sum((0, 1)), dA, dD, dback
 
-        parts = zip(*each_tile(tile, b, ctx.rows), strict=True)
-        dwide, dconv, dconv_b, ddt_bias, dA, dD, dback = (torch.stack(part).sum(0) for part in parts)
+        dwide, dconv, dconv_b, ddt_bias, dA, dD, dback = totals(each_tile(tile, tiles(b, ctx.rows)))
         return (
             None, du, dwide[: w_in.shape[0]], dconv.t(), dconv_b, ddt_bias, dA.view_as(A), dD.view(-1),
             (dback * w_out).sum(0), dback * norm_w, dwindow, dstate, None, None, None,

@@ -30,13 +30,13 @@ from recur.models.ssd_kernels import (
     scaled_backward,
     scaled_forward,
 )
-from recur.models.tiles import each_tile, tile_rows
+from recur.models.tiles import tile_rows, tiles, totals
 
-CHUNK = 64
+CHUNK = 32
 SCALED_BELOW = 80.0
 """Largest Σ|dt·A| of a chunk for the scaled form: its factors stay within e^±40."""
-TILE_STEPS = 1024
-"""Steps (batch times time) of one tile on a CPU."""
+TILE_STEPS = 2048
+"""Steps (batch times time) of one tile on a CPU, for each thread that works on it."""
 
 
 def cumulate(dt: Tensor, A: Tensor) -> tuple[Tensor, bool]:
@@ -98,7 +98,7 @@ class _SSD(torch.autograd.Function):
         segment: Tensor | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        rows = tile_rows(x.shape[0], x.shape[1] * chunk, x.device, TILE_STEPS)
+        rows = tile_rows(x.shape[0], x.shape[1] * chunk, x.device, TILE_STEPS * torch.get_num_threads())
         y, saved = torch.empty_like(x, memory_format=torch.contiguous_format), Saved.room(x, x.shape, B.shape[-1])
 
         def tile(k: slice) -> bool:
@@ -108,30 +108,33 @@ class _SSD(torch.autograd.Function):
             torch.addcmul(to.past, x[k], direct(to.own, dt[k], D), out=y[k])
             return scaled
 
-        ctx.scaled = each_tile(tile, x.shape[0], rows)
+        ctx.scaled = [tile(k) for k in tiles(x.shape[0], rows)]
         ctx.save_for_backward(x, dt, A, B, C, D, segment, *saved.parts())
         ctx.chunk, ctx.rows = chunk, rows
+        ctx.set_materialize_grads(False)
         return y, saved.end.transpose(0, 1).contiguous()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dend: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dend: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, segment, *rest = ctx.saved_tensors
         saved = Saved(*rest)
         dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
-        dstate = torch.empty_like(dend)
+        dstate = torch.empty_like(saved.end.transpose(0, 1), memory_format=torch.contiguous_format)
+        dy = torch.zeros_like(x) if dy is None else dy
 
         def tile(k: slice) -> tuple[Tensor, Tensor]:
             marks = None if segment is None else chunk_marks(segment[k], ctx.chunk, x.dtype)
             scaled = ctx.scaled[k.start // ctx.rows]
-            after, to = dend[k].transpose(0, 1), (dx[k], dB[k], dC[k])
+            after = torch.zeros_like(saved.end[:, k]) if dend is None else dend[k].transpose(0, 1)
+            to = (dx[k], dB[k], dC[k])
             ddt[k], dA, dD, before = scan_tile_backward(
                 dy[k], after, x[k], dt[k], A, B[k], C[k], D, saved.rows(k), scaled, marks, to
             )
             dstate[k] = before.transpose(0, 1)
             return dA, dD
 
-        dA, dD = map(sum, zip(*each_tile(tile, x.shape[0], ctx.rows), strict=True))
+        dA, dD = totals([tile(k) for k in tiles(x.shape[0], ctx.rows)])
         return dx, ddt, dA.view_as(A), dB, dC, dD, dstate, None, None
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, reduce
 from threading import Barrier
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -38,22 +39,30 @@ def _workers(threads: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_workers.cache_clear)  # a child has no threads but the one that forked
 
 
-def tile_rows(batch: int, length: int, device: torch.device, steps: int) -> int:
-    """Rows per tile: about ``steps`` steps (rows times time) on a CPU, with a tile for every thread; else all."""
+def tile_rows(batch: int, length: int, device: torch.device, steps: int, threads: int = 1) -> int:
+    """Rows per tile: about ``steps`` steps (rows times time) on a CPU, and a tile for each of ``threads``; else all."""
     if device.type != "cpu":
         return batch
-    return max(1, min(steps // max(length, 1), -(-batch // torch.get_num_threads())))
+    return max(1, min(steps // max(length, 1), -(-batch // threads)))
 
 
-def each_tile(work: Callable[[slice], T], batch: int, rows: int) -> list[T]:
-    """``work`` of every ``rows`` rows of the batch, without gradients, in order of the rows."""
-    tiles = [slice(r, r + rows) for r in range(0, batch, rows)]
+def tiles(batch: int, rows: int) -> list[slice]:
+    return [slice(r, r + rows) for r in range(0, batch, rows)]
+
+
+def each_tile(work: Callable[[slice], T], parts: list[slice]) -> list[T]:
+    """``work`` of every part of the batch, without gradients, in order of the parts."""
     threads = torch.get_num_threads()
 
-    def alone(tile: slice) -> T:
+    def alone(part: slice) -> T:
         with torch.no_grad():
-            return work(tile)
+            return work(part)
 
-    if threads == 1 or len(tiles) == 1 or torch.compiler.is_compiling():
-        return [alone(tile) for tile in tiles]
-    return list(_workers(threads).map(alone, tiles))
+    if threads == 1 or len(parts) == 1 or torch.compiler.is_compiling():
+        return [alone(part) for part in parts]
+    return list(_workers(threads).map(alone, parts))
+
+
+def totals(parts: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Sums over tiles of what each tile gives, in order of the tiles: the same however many threads there are."""
+    return [reduce(torch.add, part) for part in zip(*parts, strict=True)]
