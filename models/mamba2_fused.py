@@ -136,7 +136,9 @@ class _Layer(torch.autograd.Function):
             scaled = scan_tile(t.x, t.dt, A, t.B, t.C, state[k].transpose(0, 1), marks, to)
             y = torch.addcmul(to.past, t.x, direct(to.own, t.dt, D)).view(t.z.shape)
             gated = torch.unflatten(y.mul_(F.silu(t.z)), -1, (s.groups, -1))
-            torch.rsqrt(torch.linalg.vecdot(gated, gated).unsqueeze(-1).div_(gated.shape[-1]).add_(s.eps), out=rstd[k])
+            torch.rsqrt(
+                torch.linalg.vecdot(gated, gated).unsqueeze(-1).div_(gated.shape[-1]).add_(s.eps), out=rstd[k]
+            )
             torch.mm(gated.mul_(rstd[k]).view(-1, s.inner), back, out=out[k].view(-1, w_out.shape[0]))
             last[k] = next_window(t.raw, window[k], lengths_k, segment_k)
             return scaled

@@ -99,7 +99,10 @@ class _SSD(torch.autograd.Function):
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         rows = tile_rows(x.shape[0], x.shape[1] * chunk, x.device, TILE_STEPS * torch.get_num_threads())
-        y, saved = torch.empty_like(x, memory_format=torch.contiguous_format), Saved.room(x, x.shape, B.shape[-1])
+        y, saved = (
+            torch.empty_like(x, memory_format=torch.contiguous_format),
+            Saved.room(x, x.shape, B.shape[-1]),
+        )
 
         def tile(k: slice) -> bool:
             marks = None if segment is None else chunk_marks(segment[k], chunk, x.dtype)
@@ -197,21 +200,22 @@ def ssd_step(
 ) -> tuple[Tensor, Tensor]:
     """One step: x (b, H, P), dt (b, H), B, C (b, G, N), state (b, G, N, H/G·P) → y (b, H, P), next state."""
     b, h, p = x.shape
-    g = B.shape[1]
-    decay = (dt * A).exp().view(b, g, 1, -1, 1).expand(b, g, 1, h // g, p).reshape(b, g, 1, -1)
-    into = (x * dt.unsqueeze(-1)).view(b, g, 1, -1)
+    g, n = B.shape[1:]
+    decay = (dt * A).exp().unsqueeze(-1).expand(b, h, p).reshape(b * g, 1, -1)
+    into = (x * dt.unsqueeze(-1)).view(b * g, 1, -1)
+    before, Bs, Cs = state.reshape(b * g, n, -1), B.reshape(b * g, n, 1), C.reshape(b * g, 1, n)
     if (
         b <= STEP_ROWS
         or state.device.type != "cpu"
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
     ):
-        state = (state * decay).addcmul_(B.unsqueeze(-1), into)
-        y = torch.matmul(C.unsqueeze(2), state)
+        after = (before * decay).addcmul_(Bs, into)
+        y = torch.bmm(Cs, after)
     else:
-        before, state, y = state, torch.empty_like(state), x.new_empty(b, g, 1, h // g * p)
-        for r in range(0, b, STEP_ROWS):
-            s = slice(r, r + STEP_ROWS)
-            torch.mul(before[s], decay[s], out=state[s]).addcmul_(B[s].unsqueeze(-1), into[s])
-            y[s] = torch.matmul(C[s].unsqueeze(2), state[s])
-    return torch.addcmul(y.view(b, h, p), x, D.unsqueeze(-1)), state
+        after, y = torch.empty_like(before), torch.empty_like(into)
+        parts = (t.split(STEP_ROWS) for t in (before, decay, Bs, into, Cs, after, y))
+        for old, factor, b_t, x_t, c_t, new, out in zip(*parts, strict=True):
+            torch.mul(old, factor, out=new).addcmul_(b_t, x_t)
+            torch.bmm(c_t, new, out=out)
+    return torch.addcmul(y.view(b, h, p), x, D.unsqueeze(-1)), after.view(state.shape)

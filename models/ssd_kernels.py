@@ -226,7 +226,7 @@ def scaled_backward(
 
     → d(dt) without the self term and its way through dt·A, d(dt·A), d(state).
     """
-    b, c, q, g, h, p = x.shape
+    b, c, _, g, h, p = x.shape
     u, grow = _factors(saved.cum, x.dtype)
     v = grow * dt
     xs, dys = x * v.unsqueeze(-1), dy * u.unsqueeze(-1)
@@ -246,7 +246,9 @@ def scaled_backward(
         dscores = _seen(torch.bmm(di, xi.transpose(1, 2), out=scores), marks)
         _products(dscores, di, xi, Bi, Ci, saved.states[i], dnew[i], marks, _flat(dB, i), _flat(dC, i))
     # step' is the factor between d(state) and what is carried back, so that the product is taken of what is at hand
-    leaving = _leaving(torch.mul(dnew[:, :, :-1], saved.states[:, :, 1:], out=into[:, :, 1:]), dend, saved.end, h)
+    leaving = _leaving(
+        torch.mul(dnew[:, :, :-1], saved.states[:, :, 1:], out=into[:, :, 1:]), dend, saved.end, h
+    )
     leaving[:, :-1] /= step[:, 1:]
     spare = xs
     r = torch.mul(dx, x, out=spare).sum(-1).double()
