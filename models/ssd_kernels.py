@@ -193,7 +193,7 @@ def scaled_forward(
     x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor, marks: Marks | None, to: Saved
 ) -> None:
     """Write what each step receives from the steps before it, and the states; ``state`` (g, b, n, h·p) enters."""
-    b, c, q, g, h, p = x.shape
+    b, c, _, g, h, p = x.shape
     u, grow = _factors(to.cum, x.dtype)
     xs = x * (grow * dt).unsqueeze(-1)
     Bm, Cm = _reached(B, C, marks)
