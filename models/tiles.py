@@ -1,9 +1,9 @@
 """Independent tiles of a batch on the threads of a CPU, a whole tile each.
 
 An operation on a tile that stays in the cache takes some tens of microseconds. Split among threads, each such operation
-ends at a barrier, and what Python does between two of them is done by one thread alone: two threads then give
-1.6 times the speed of one, and next to other work on the machine less than one. Here a thread takes tiles of its own
-and computes on them alone; torch lets go of the interpreter's lock inside its operations.
+ends at a barrier, where a thread that other work on the machine holds up keeps all of them waiting, and what Python does
+between two operations is done by one thread while the others wait. Here a thread takes tiles of its own and computes on
+them alone; torch lets go of the interpreter's lock inside its operations.
 """
 
 from __future__ import annotations
@@ -64,5 +64,5 @@ def each_tile(work: Callable[[slice], T], parts: list[slice]) -> list[T]:
 
 
 def totals(parts: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Sums over tiles of what each tile gives, in order of the tiles: the same however many threads there are."""
+    """Sums over tiles of what each tile gives, in order of the tiles, whichever is ready first."""
     return [reduce(torch.add, part) for part in zip(*parts, strict=True)]
