@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from recur.models.conv import conv_backward, conv_forward, next_window
 from recur.models.ssd import TILE_STEPS, direct, scan_tile, scan_tile_backward
 from recur.models.ssd_kernels import Saved, chunk_marks
-from recur.models.tiles import each_tile, tile_rows, tiles, totals
+from recur.models.tiles import tile_rows, tiles, totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class _Layer(torch.autograd.Function):
         segment: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         b, length, _ = u.shape
-        rows = tile_rows(b, length, u.device, TILE_STEPS, torch.get_num_threads())
+        rows = tile_rows(b, length, u.device, TILE_STEPS)
         wide, back = _padded(w_in).t(), (w_out * norm_w).t()
         zx, out = u.new_empty(b, length, wide.shape[1]), u.new_empty(b, length, w_out.shape[0])
         last, rstd = torch.empty_like(window), u.new_empty(b, length, s.groups, 1)
@@ -143,7 +143,7 @@ class _Layer(torch.autograd.Function):
             last[k] = next_window(t.raw, window[k], lengths_k, segment_k)
             return scaled
 
-        ctx.scaled = each_tile(tile, tiles(b, rows))
+        ctx.scaled = [tile(k) for k in tiles(b, rows)]
         ctx.save_for_backward(
             u, w_in, conv_w, conv_b, dt_bias, A, D, norm_w, w_out, window, lengths, live, segment, zx, rstd,
             *saved.parts(),
@@ -209,7 +209,7 @@ class _Layer(torch.autograd.Function):
             dwide = torch.mm(flat.t(), u[k].view(-1, d_model))
             return dwide, dconv, dpre.sum((0, 1)), ddt.sum((0, 1)), dA, dD, dback
 
-        dwide, dconv, dconv_b, ddt_bias, dA, dD, dback = totals(each_tile(tile, tiles(b, ctx.rows)))
+        dwide, dconv, dconv_b, ddt_bias, dA, dD, dback = totals([tile(k) for k in tiles(b, ctx.rows)])
         return (
             None, du, dwide[: w_in.shape[0]], dconv.t(), dconv_b, ddt_bias, dA.view_as(A), dD.view(-1),
             (dback * w_out).sum(0), dback * norm_w, dwindow, dstate, None, None, None,

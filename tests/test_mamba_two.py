@@ -61,20 +61,6 @@ def test_one_node_and_the_composed_layer_give_the_same_output_and_gradients(
         assert torch.allclose(one[name], other[name], atol=1e-10, rtol=1e-10), name
 
 
-def test_tiles_on_threads_of_their_own_give_the_same_and_leave_the_number_of_threads() -> None:
-    made, u, before = mixer(), torch.randn(9, 40, 12, dtype=torch.float64), torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found.append(gradients(made, made.forward, u, None, None))
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    for name in found[0]:
-        assert torch.allclose(found[0][name], found[1][name], atol=1e-12, rtol=1e-12), name
-
-
 def test_float32_gradients_of_the_layer_stay_within_two_millionths_of_float64() -> None:
     torch.manual_seed(0)
     made, u = Mamba2Mixer(64, head=32), torch.randn(2, 200, 64)
