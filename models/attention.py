@@ -48,16 +48,15 @@ class AttentionMixer(nn.Module):
         return torch.unflatten(self.q_proj(u), -1, (self.heads, self.head)), k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q (B, T, H, ·), k, v (B, S, H_kv, ·), mask (B or 1, T, S) or None for causal → (B, T, d)."""
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(
-            q,
-            k.to(q.dtype),
-            v.to(q.dtype),
-            attn_mask=None if mask is None else mask.unsqueeze(1),
-            is_causal=mask is None,
-            enable_gqa=self.kv_heads != self.heads,
-        )
+        """q (B, T, H, ·), k, v (B, S, H_kv, ·), mask (B or 1, T, S) or None for causal → (B, T, d).
+
+        Keys and values are repeated for the heads of their group: the fused kernels of a CPU, and those of a GPU in
+        float32, know no groups, and what takes their place keeps T × S scores.
+        """
+        q, k, v = (t.transpose(1, 2) for t in (q, k.to(q.dtype), v.to(q.dtype)))
+        k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
+        seen = None if mask is None else mask.unsqueeze(1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=mask is None)
         out: Tensor = self.out_proj(y.transpose(1, 2).flatten(2))
         return out
 
@@ -109,5 +108,10 @@ class AttentionMixer(nn.Module):
             name: torch.where(here, new.to(state[name].dtype), state[name])
             for name, new in (("k", k), ("v", v))
         }
-        seen = (slot <= n.unsqueeze(1)).unsqueeze(1)
-        return self._attend(q, ring["k"], ring["v"], seen)[:, 0], {**ring, "n": n + 1}
+        # The query heads of a group see the same keys: they are rows of one product, and nothing is repeated.
+        y = F.scaled_dot_product_attention(
+            q.view(len(q), self.kv_heads, -1, self.head),
+            *(ring[name].transpose(1, 2).to(q.dtype) for name in ("k", "v")),
+            attn_mask=(slot <= n.unsqueeze(1))[:, None, None],
+        )
+        return self.out_proj(y.flatten(1)), {**ring, "n": n + 1}

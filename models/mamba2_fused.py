@@ -17,8 +17,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recur.models.conv import conv_backward, conv_forward, next_window
-from recur.models.ssd import direct, scan_tile, scan_tile_backward, tile_rows
+from recur.models.ssd import TILE_STEPS, direct, scan_tile, scan_tile_backward
 from recur.models.ssd_kernels import Saved, chunk_marks
+from recur.models.tiles import tile_rows, tiles, totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,11 @@ class Shape:
     @property
     def conv(self) -> int:
         return self.inner + 2 * self.groups * self.state
+
+    def split(self, convolved: Tensor) -> tuple[Tensor, ...]:
+        """Channels of the convolution (…, C) as x, B and C (…, ·)."""
+        n = self.groups * self.state
+        return torch.split(convolved, [self.inner, n, n], -1)
 
 
 @dataclass(slots=True)
@@ -70,8 +76,7 @@ def _tile(
         zx, [s.inner, s.conv, len(dt_bias), zx.shape[-1] - s.inner - s.conv - len(dt_bias)], -1
     )
     pre = conv_forward(raw, conv_w, conv_b, window, segment)
-    act = torch.unflatten(F.silu(pre), 1, (-1, s.chunk))
-    x, B, C = torch.split(act, [s.inner, s.groups * s.state, s.groups * s.state], -1)
+    x, B, C = (torch.unflatten(F.silu(part), 1, (-1, s.chunk)) for part in s.split(pre))
     dt_raw = dt_raw + dt_bias
     dt = F.softplus(dt_raw)
     if live is not None:
@@ -114,61 +119,64 @@ class _Layer(torch.autograd.Function):
         segment: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         b, length, _ = u.shape
-        rows, wide, back = tile_rows(b, length, u.device), _padded(w_in), (w_out * norm_w).t()
-        zx, out = u.new_empty(b, length, wide.shape[0]), u.new_empty(b, length, w_out.shape[0])
-        last, end = torch.empty_like(window), state.new_empty(s.groups, b, *state.shape[2:])
-        rstd, tiles = u.new_empty(b, length, s.groups, 1), []
+        rows = tile_rows(b, length, u.device, TILE_STEPS)
+        wide, back = _padded(w_in).t(), (w_out * norm_w).t()
+        zx, out = u.new_empty(b, length, wide.shape[1]), u.new_empty(b, length, w_out.shape[0])
+        last, rstd = torch.empty_like(window), u.new_empty(b, length, s.groups, 1)
+        chunks = (b, length // s.chunk, s.chunk, s.groups, s.heads, s.head)
+        saved = Saved.room(u, chunks, s.state)
         D = D.view(s.groups, s.heads)
-        for r in range(0, b, rows):
-            k = slice(r, r + rows)
-            torch.mm(u[k].view(-1, u.shape[2]), wide.t(), out=zx[k].view(-1, wide.shape[0]))
-            live_k, segment_k = (None if m is None else m[k] for m in (live, segment))
+
+        def tile(k: slice) -> bool:
+            torch.mm(u[k].view(-1, u.shape[2]), wide, out=zx[k].view(-1, wide.shape[1]))
+            live_k, segment_k, lengths_k = (None if m is None else m[k] for m in (live, segment, lengths))
             t = _tile(s, zx[k], conv_w, conv_b, dt_bias, window[k], live_k, segment_k)
             marks = None if segment_k is None else chunk_marks(segment_k, s.chunk, u.dtype)
-            saved, scaled = scan_tile(t.x, t.dt, A, t.B, t.C, state[k].transpose(0, 1), marks)
-            y = torch.addcmul(saved.past, t.x, direct(saved.own, t.dt, D)).view(*t.z.shape)
+            to = saved.rows(k)
+            scaled = scan_tile(t.x, t.dt, A, t.B, t.C, state[k].transpose(0, 1), marks, to)
+            y = torch.addcmul(to.past, t.x, direct(to.own, t.dt, D)).view(t.z.shape)
             gated = torch.unflatten(y.mul_(F.silu(t.z)), -1, (s.groups, -1))
-            torch.rsqrt((gated * gated).mean(-1, keepdim=True).add_(s.eps), out=rstd[k])
+            torch.rsqrt(
+                torch.linalg.vecdot(gated, gated).unsqueeze(-1).div_(gated.shape[-1]).add_(s.eps), out=rstd[k]
+            )
             torch.mm(gated.mul_(rstd[k]).view(-1, s.inner), back, out=out[k].view(-1, w_out.shape[0]))
-            lengths_k = None if lengths is None else lengths[k]
-            last[k], end[:, k] = next_window(t.raw, window[k], lengths_k, segment_k), saved.end
-            tiles.append((scaled, saved.cum, saved.past, saved.own, saved.states))
+            last[k] = next_window(t.raw, window[k], lengths_k, segment_k)
+            return scaled
+
+        ctx.scaled = [tile(k) for k in tiles(b, rows)]
         ctx.save_for_backward(
-            u, w_in, conv_w, conv_b, dt_bias, A, D, norm_w, w_out, window, lengths, live, segment, zx, rstd, end,
-            *(part for tile in tiles for part in tile[1:]),
+            u, w_in, conv_w, conv_b, dt_bias, A, D, norm_w, w_out, window, lengths, live, segment, zx, rstd,
+            *saved.parts(),
         )  # fmt: skip
-        ctx.s, ctx.rows, ctx.scaled = s, rows, [tile[0] for tile in tiles]
+        ctx.s, ctx.rows = s, rows
         ctx.set_materialize_grads(False)
-        return out, last, end.transpose(0, 1).contiguous()
+        return out, last, saved.end.transpose(0, 1).contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None, dend: Tensor | None) -> tuple[Any, ...]:
-        (u, w_in, conv_w, conv_b, dt_bias, A, D, norm_w, w_out, window, lengths, live, segment, zx, rstd, end,
+        (u, w_in, conv_w, conv_b, dt_bias, A, D, norm_w, w_out, window, lengths, live, segment, zx, rstd,
          *rest) = ctx.saved_tensors  # fmt: skip
         s: Shape = ctx.s
+        saved = Saved(*rest)
         b, length, d_model = u.shape
         wide, back = _padded(w_in), w_out * norm_w
         dout = u.new_zeros(b, length, w_out.shape[0]) if dout is None else dout.contiguous()
-        dend = torch.zeros_like(end.transpose(0, 1)) if dend is None else dend
-        du, dwide, dback = torch.empty_like(u), torch.zeros_like(wide), torch.zeros_like(back)
-        dconv, dconv_b = u.new_zeros(conv_w.shape[1], s.conv), torch.zeros_like(conv_b)
-        ddt_bias, dA, dD = torch.zeros_like(dt_bias), torch.zeros_like(D), torch.zeros_like(D)
-        dwindow, dstate = torch.empty_like(window), torch.empty_like(dend)
-        for i, r in enumerate(range(0, b, ctx.rows)):
-            k = slice(r, r + ctx.rows)
-            live_k, segment_k = (None if m is None else m[k] for m in (live, segment))
+        du, dwindow = torch.empty_like(u), torch.empty_like(window)
+        dstate = torch.empty_like(saved.end.transpose(0, 1), memory_format=torch.contiguous_format)
+
+        def tile(k: slice) -> tuple[Tensor, ...]:
+            live_k, segment_k, lengths_k = (None if m is None else m[k] for m in (live, segment, lengths))
             t = _tile(s, zx[k], conv_w, conv_b, dt_bias, window[k], live_k, segment_k)
-            cum, past, own, states = rest[4 * i : 4 * i + 4]
-            saved = Saved(cum, past, own, states, end[:, k])
-            y = torch.addcmul(saved.past, t.x, direct(saved.own, t.dt, D)).view(*t.z.shape)
+            kept, scaled = saved.rows(k), ctx.scaled[k.start // ctx.rows]
+            y = torch.addcmul(kept.past, t.x, direct(kept.own, t.dt, D)).view(t.z.shape)
             gate = F.silu(t.z)
             normed = torch.unflatten(y * gate, -1, (s.groups, -1)).mul_(rstd[k])
             do = dout[k].view(-1, w_out.shape[0])
-            dback.addmm_(do.t(), normed.view(-1, s.inner))
+            dback = torch.mm(do.t(), normed.view(-1, s.inner))
             dgated = torch.mm(do, back).view_as(normed)
-            dgated.addcmul_(normed, (dgated * normed).mean(-1, keepdim=True), value=-1).mul_(rstd[k])
-            dgated = dgated.view_as(y)
+            along = torch.linalg.vecdot(dgated, normed).unsqueeze(-1).div_(normed.shape[-1])
+            dgated = dgated.addcmul_(normed, along, value=-1).mul_(rstd[k]).view_as(y)
             dzx = torch.empty_like(zx[k])
             dz, draw, ddt_raw, spare = torch.split(
                 dzx, [s.inner, s.conv, len(dt_bias), wide.shape[0] - w_in.shape[0]], -1
@@ -176,18 +184,18 @@ class _Layer(torch.autograd.Function):
             torch.ops.aten.silu_backward.grad_input(y.mul_(dgated), t.z, grad_input=dz)
             dy = dgated.mul_(gate).view(t.x.shape)
             marks = None if segment_k is None else chunk_marks(segment_k, s.chunk, u.dtype)
-            dx, ddt, dA_k, dB, dC, dD_k, dstate_k = scan_tile_backward(
-                dy, dend[k].transpose(0, 1), t.x, t.dt, A, t.B, t.C, D, saved, ctx.scaled[i], marks
+            to = (torch.empty_like(t.x), u.new_empty(t.B.shape), u.new_empty(t.C.shape))
+            after = torch.zeros_like(kept.end) if dend is None else dend[k].transpose(0, 1)
+            ddt, dA, dD, before = scan_tile_backward(
+                dy, after, t.x, t.dt, A, t.B, t.C, D, kept, scaled, marks, to
             )
-            dpre, at = torch.empty_like(t.pre), 0
-            for part in (dx, dB, dC):
-                part = part.reshape(*t.pre.shape[:2], -1)
-                to = slice(at, at := at + part.shape[-1])
-                torch.ops.aten.silu_backward.grad_input(part, t.pre[..., to], grad_input=dpre[..., to])
+            dpre = torch.empty_like(t.pre)
+            for part, pre, dpart in zip(to, s.split(t.pre), s.split(dpre), strict=True):
+                torch.ops.aten.silu_backward.grad_input(part.view(pre.shape), pre, grad_input=dpart)
+            dconv = torch.zeros_like(conv_w.t())
             dwindow_k = conv_backward(dpre, t.raw, conv_w, window[k], segment_k, draw, dconv)
-            dconv_b += dpre.sum((0, 1))
             if dlast is not None:
-                from_raw, from_window = _through_window(t.raw, window[k], lengths, segment_k, k, dlast[k])
+                from_raw, from_window = _through_window(t.raw, window[k], lengths_k, segment_k, dlast[k])
                 draw += from_raw
                 dwindow_k += from_window
             ddt = ddt.reshape(t.dt_raw.shape) * torch.sigmoid(t.dt_raw)
@@ -195,12 +203,13 @@ class _Layer(torch.autograd.Function):
                 ddt = ddt * live_k.unsqueeze(-1)
             ddt_raw.copy_(ddt)
             spare.zero_()
-            dwide.addmm_(dzx.view(-1, wide.shape[0]).t(), u[k].view(-1, d_model))
-            torch.mm(dzx.view(-1, wide.shape[0]), wide, out=du[k].view(-1, d_model))
-            ddt_bias += ddt.sum((0, 1))
-            dA += dA_k
-            dD += dD_k
-            dwindow[k], dstate[k] = dwindow_k, dstate_k.transpose(0, 1)
+            flat = dzx.view(-1, wide.shape[0])
+            torch.mm(flat, wide, out=du[k].view(-1, d_model))
+            dwindow[k], dstate[k] = dwindow_k, before.transpose(0, 1)
+            dwide = torch.mm(flat.t(), u[k].view(-1, d_model))
+            return dwide, dconv, dpre.sum((0, 1)), ddt.sum((0, 1)), dA, dD, dback
+
+        dwide, dconv, dconv_b, ddt_bias, dA, dD, dback = totals([tile(k) for k in tiles(b, ctx.rows)])
         return (
             None, du, dwide[: w_in.shape[0]], dconv.t(), dconv_b, ddt_bias, dA.view_as(A), dD.view(-1),
             (dback * w_out).sum(0), dback * norm_w, dwindow, dstate, None, None, None,
@@ -208,12 +217,12 @@ class _Layer(torch.autograd.Function):
 
 
 def _through_window(
-    raw: Tensor, window: Tensor, lengths: Tensor | None, segment: Tensor | None, k: slice, dlast: Tensor
+    raw: Tensor, window: Tensor, lengths: Tensor | None, segment: Tensor | None, dlast: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the carried window with regard to the tile's raw inputs and the window before."""
     with torch.enable_grad():
         a, w = raw.detach().requires_grad_(), window.detach().requires_grad_()
-        out = next_window(a, w, None if lengths is None else lengths[k], segment)
+        out = next_window(a, w, lengths, segment)
         got = torch.autograd.grad(out, (a, w), dlast, allow_unused=True, materialize_grads=True)
     return got[0], got[1]
 

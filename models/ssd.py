@@ -30,17 +30,13 @@ from recur.models.ssd_kernels import (
     scaled_backward,
     scaled_forward,
 )
+from recur.models.tiles import tile_rows, tiles, totals
 
-CHUNK = 64
+CHUNK = 32
 SCALED_BELOW = 80.0
 """Largest Σ|dt·A| of a chunk for the scaled form: its factors stay within e^±40."""
 TILE_STEPS = 2048
-"""Steps (batch times time) of one tile on a CPU."""
-
-
-def tile_rows(batch: int, length: int, device: torch.device) -> int:
-    """Rows of the batch per tile."""
-    return batch if device.type != "cpu" else max(1, min(batch, TILE_STEPS // max(length, 1)))
+"""Steps (batch times time) of one tile on a CPU, for each thread that works on it."""
 
 
 def cumulate(dt: Tensor, A: Tensor) -> tuple[Tensor, bool]:
@@ -50,11 +46,13 @@ def cumulate(dt: Tensor, A: Tensor) -> tuple[Tensor, bool]:
 
 
 def scan_tile(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, marks: Marks | None
-) -> tuple[Saved, bool]:
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, marks: Marks | None, to: Saved
+) -> bool:
     """One tile forward, in the layouts of ``ssd_kernels``; True where the scaled form was taken."""
     cum, scaled = cumulate(dt, A)
-    return (scaled_forward if scaled else exact_forward)(x, dt, cum, B, C, state, marks), scaled
+    to.cum.copy_(cum)
+    (scaled_forward if scaled else exact_forward)(x, dt, B, C, state, marks, to)
+    return scaled
 
 
 def direct(own: Tensor, dt: Tensor, D: Tensor) -> Tensor:
@@ -74,15 +72,16 @@ def scan_tile_backward(
     saved: Saved,
     scaled: bool,
     marks: Marks | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One tile backward: dx, d(dt), dA (g, h), dB, dC, dD (g, h), d(state)."""
+    to: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One tile backward: writes dx, dB and dC ``to`` their places, → d(dt), dA (g, h), dD (g, h), d(state)."""
     backward = scaled_backward if scaled else exact_backward
-    dx, ddt, da, dB, dC, dstate = backward(dy, dend, x, dt, B, C, saved, marks)
+    ddt, da, dstate = backward(dy, dend, x, dt, B, C, saved, marks, to)
     dyx = (dy * x).sum(-1)
-    dx.addcmul_(dy, direct(saved.own, dt, D))
+    to[0].addcmul_(dy, direct(saved.own, dt, D))
     ddt = ddt + dyx * saved.own.unsqueeze(-1) + da * A.view(dt.shape[3:])
     dA = (da * dt).sum((0, 1, 2)).to(dt.dtype)
-    return dx, ddt.to(dt.dtype), dA, dB, dC, dyx.sum((0, 1, 2)), dstate
+    return ddt.to(dt.dtype), dA, dyx.sum((0, 1, 2)), dstate
 
 
 class _SSD(torch.autograd.Function):
@@ -99,39 +98,46 @@ class _SSD(torch.autograd.Function):
         segment: Tensor | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        b, length = x.shape[0], x.shape[1] * x.shape[2]
-        rows = tile_rows(b, length, x.device)
-        y, tiles = torch.empty_like(x, memory_format=torch.contiguous_format), []
-        end = state.new_empty(state.shape[1], b, *state.shape[2:])
-        for r in range(0, b, rows):
-            s = slice(r, r + rows)
-            marks = None if segment is None else chunk_marks(segment[s], chunk, x.dtype)
-            saved, scaled = scan_tile(x[s], dt[s], A, B[s], C[s], state[s].transpose(0, 1), marks)
-            torch.addcmul(saved.past, x[s], direct(saved.own, dt[s], D), out=y[s])
-            end[:, s] = saved.end
-            tiles.append((scaled, saved.cum, saved.past, saved.own, saved.states))
-        ctx.save_for_backward(x, dt, A, B, C, D, segment, end, *(t for tile in tiles for t in tile[1:]))
-        ctx.scaled, ctx.chunk, ctx.rows = [tile[0] for tile in tiles], chunk, rows
-        return y, end.transpose(0, 1).contiguous()
+        rows = tile_rows(x.shape[0], x.shape[1] * chunk, x.device, TILE_STEPS * torch.get_num_threads())
+        y, saved = (
+            torch.empty_like(x, memory_format=torch.contiguous_format),
+            Saved.room(x, x.shape, B.shape[-1]),
+        )
+
+        def tile(k: slice) -> bool:
+            marks = None if segment is None else chunk_marks(segment[k], chunk, x.dtype)
+            to = saved.rows(k)
+            scaled = scan_tile(x[k], dt[k], A, B[k], C[k], state[k].transpose(0, 1), marks, to)
+            torch.addcmul(to.past, x[k], direct(to.own, dt[k], D), out=y[k])
+            return scaled
+
+        ctx.scaled = [tile(k) for k in tiles(x.shape[0], rows)]
+        ctx.save_for_backward(x, dt, A, B, C, D, segment, *saved.parts())
+        ctx.chunk, ctx.rows = chunk, rows
+        ctx.set_materialize_grads(False)
+        return y, saved.end.transpose(0, 1).contiguous()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dend: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, segment, end, *rest = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor | None, dend: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, dt, A, B, C, D, segment, *rest = ctx.saved_tensors
+        saved = Saved(*rest)
         dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
-        dstate = torch.empty_like(dend)
-        dA, dD = A.new_zeros(dt.shape[3:]), torch.zeros_like(D)
-        for i, r in enumerate(range(0, x.shape[0], ctx.rows)):
-            s = slice(r, r + ctx.rows)
-            marks = None if segment is None else chunk_marks(segment[s], ctx.chunk, x.dtype)
-            cum, past, own, states = rest[4 * i : 4 * i + 4]
-            saved = Saved(cum, past, own, states, end[:, s])
-            part = scan_tile_backward(
-                dy[s], dend[s].transpose(0, 1), x[s], dt[s], A, B[s], C[s], D, saved, ctx.scaled[i], marks
+        dstate = torch.empty_like(saved.end.transpose(0, 1), memory_format=torch.contiguous_format)
+        dy = torch.zeros_like(x) if dy is None else dy
+
+        def tile(k: slice) -> tuple[Tensor, Tensor]:
+            marks = None if segment is None else chunk_marks(segment[k], ctx.chunk, x.dtype)
+            scaled = ctx.scaled[k.start // ctx.rows]
+            after = torch.zeros_like(saved.end[:, k]) if dend is None else dend[k].transpose(0, 1)
+            to = (dx[k], dB[k], dC[k])
+            ddt[k], dA, dD, before = scan_tile_backward(
+                dy[k], after, x[k], dt[k], A, B[k], C[k], D, saved.rows(k), scaled, marks, to
             )
-            dx[s], ddt[s], dB[s], dC[s], dstate[s] = *part[:2], *part[3:5], part[6].transpose(0, 1)
-            dA += part[2]
-            dD += part[5]
+            dstate[k] = before.transpose(0, 1)
+            return dA, dD
+
+        dA, dD = totals([tile(k) for k in tiles(x.shape[0], ctx.rows)])
         return dx, ddt, dA.view_as(A), dB, dC, dD, dstate, None, None
 
 
@@ -194,21 +200,22 @@ def ssd_step(
 ) -> tuple[Tensor, Tensor]:
     """One step: x (b, H, P), dt (b, H), B, C (b, G, N), state (b, G, N, H/G·P) → y (b, H, P), next state."""
     b, h, p = x.shape
-    g = B.shape[1]
-    decay = (dt * A).exp().view(b, g, 1, -1, 1).expand(b, g, 1, h // g, p).reshape(b, g, 1, -1)
-    into = (x * dt.unsqueeze(-1)).view(b, g, 1, -1)
+    g, n = B.shape[1:]
+    decay = (dt * A).exp().unsqueeze(-1).expand(b, h, p).reshape(b * g, 1, -1)
+    into = (x * dt.unsqueeze(-1)).view(b * g, 1, -1)
+    before, Bs, Cs = state.reshape(b * g, n, -1), B.reshape(b * g, n, 1), C.reshape(b * g, 1, n)
     if (
         b <= STEP_ROWS
         or state.device.type != "cpu"
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
     ):
-        state = (state * decay).addcmul_(B.unsqueeze(-1), into)
-        y = torch.matmul(C.unsqueeze(2), state)
+        after = (before * decay).addcmul_(Bs, into)
+        y = torch.bmm(Cs, after)
     else:
-        before, state, y = state, torch.empty_like(state), x.new_empty(b, g, 1, h // g * p)
-        for r in range(0, b, STEP_ROWS):
-            s = slice(r, r + STEP_ROWS)
-            torch.mul(before[s], decay[s], out=state[s]).addcmul_(B[s].unsqueeze(-1), into[s])
-            y[s] = torch.matmul(C[s].unsqueeze(2), state[s])
-    return torch.addcmul(y.view(b, h, p), x, D.unsqueeze(-1)), state
+        after, y = torch.empty_like(before), torch.empty_like(into)
+        parts = (t.split(STEP_ROWS) for t in (before, decay, Bs, into, Cs, after, y))
+        for old, factor, b_t, x_t, c_t, new, out in zip(*parts, strict=True):
+            torch.mul(old, factor, out=new).addcmul_(b_t, x_t)
+            torch.bmm(c_t, new, out=out)
+    return torch.addcmul(y.view(b, h, p), x, D.unsqueeze(-1)), after.view(state.shape)

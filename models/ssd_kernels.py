@@ -44,9 +44,10 @@ class Marks:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What the backward pass needs beside the inputs."""
+    """What the forward pass writes and the backward pass needs beside the inputs."""
 
     cum: Tensor
+    """(b, c, Q, g, h): sums of dt·A within chunks, in float64."""
     past: Tensor
     """(b, c, Q, g, h, p): y without self term and skip."""
     own: Tensor
@@ -55,6 +56,20 @@ class Saved:
     """(g, b, c, n, h·p): e^mid · state that enters each chunk (scaled), or that state itself (exact)."""
     end: Tensor
     """(g, b, n, h·p): the state after the last chunk."""
+
+    @staticmethod
+    def room(like: Tensor, shape: tuple[int, ...], n: int) -> Saved:
+        """For inputs x of ``shape`` (b, c, Q, g, h, p) and n states; the type of ``like``."""
+        b, c, q, g, h, p = shape
+        rest = (shape, (b, c, q, g), (g, b, c, n, h * p), (g, b, n, h * p))
+        cum = like.new_empty(shape[:-1], dtype=torch.float64)
+        return Saved(cum, *(like.new_empty(s) for s in rest))
+
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.cum, self.past, self.own, self.states, self.end
+
+    def rows(self, k: slice) -> Saved:
+        return Saved(self.cum[k], self.past[k], self.own[k], self.states[:, k], self.end[:, k])
 
 
 def chunk_marks(segment: Tensor, chunk: int, dtype: torch.dtype) -> Marks:
@@ -87,19 +102,24 @@ def _per_head(products: Tensor, heads: int) -> Tensor:
     return torch.unflatten(products.sum(3), -1, (heads, -1)).sum(-1).permute(1, 2, 0, 3)
 
 
-def _masks(chunk: int, like: Tensor, marks: Marks | None) -> tuple[Tensor, Tensor]:
-    """(Q, Q) or (b·c, Q, Q): 1 where j ≤ i, and where j < i, within one sequence."""
-    seen = like.new_ones(chunk, chunk).tril() if marks is None else marks.same
-    return seen, seen.tril(-1)
+def _seen(scores: Tensor, marks: Marks | None, up_to: int = 0) -> Tensor:
+    """In place, scores (b·c, Q, Q) of the steps j ≤ i + ``up_to`` of the same sequence, 0 elsewhere."""
+    return (scores if marks is None else scores.mul_(marks.same)).tril_(up_to)
 
 
 def _diagonal(scores: Tensor, b: int) -> Tensor:
-    return scores.diagonal(dim1=1, dim2=2).reshape(b, -1, scores.shape[1])
+    return scores.diagonal(dim1=1, dim2=2).view(b, -1, scores.shape[1])
 
 
 def _exp(logs: Tensor, dtype: torch.dtype) -> Tensor:
     """e^logs, the logs being float64 differences of running sums: they lose nothing where the sums are large."""
     return logs.to(dtype).exp()
+
+
+def _factors(cum: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """u = e^(cum − mid) of the scaled form and 1/u."""
+    u = _exp(cum - cum[:, :, -1:] / 2, dtype)
+    return u, u.reciprocal()
 
 
 def _decay_matrix(cum: Tensor, i: int, head: int, dtype: torch.dtype) -> Tensor:
@@ -113,46 +133,82 @@ def _log_decay_gradient(dcum: Tensor) -> Tensor:
     return dcum.flip(2).cumsum(2).flip(2)
 
 
+def _alive(factor: Tensor, marks: Marks | None) -> Tensor:
+    """``factor`` (b, c, g, h) of the state that enters each chunk in the one that leaves it."""
+    return factor if marks is None else factor * marks.alive[..., None, None]
+
+
+def _reached(B: Tensor, C: Tensor, marks: Marks | None) -> tuple[Tensor, Tensor]:
+    """B of the steps that reach the state that leaves their chunk, C of those that the entering state reaches."""
+    return (B, C) if marks is None else (B * marks.tail, C * marks.head)
+
+
+def _chunk_states(B: Tensor, xs: Tensor) -> Tensor:
+    """What each chunk adds to its state, Bᵀ xs → (g, b, c, n, h·p)."""
+    b, c, _, g, h, p = xs.shape
+    new = xs.new_empty(g, b, c, B.shape[-1], h * p)
+    for i in range(g):
+        torch.bmm(_flat(B, i).transpose(1, 2), _flat(xs, i), out=new[i].view(b * c, -1, h * p))
+    return new
+
+
+def _products(
+    dscores: Tensor,
+    dys: Tensor,
+    xs: Tensor,
+    B: Tensor,
+    C: Tensor,
+    states: Tensor,
+    dnew: Tensor,
+    marks: Marks | None,
+    dB: Tensor,
+    dC: Tensor,
+) -> None:
+    """Write the gradients of B and C (b·c, Q, n) of one group, through scores and states (b, c, n, h·p)."""
+    torch.bmm(dys, states.view(len(dys), -1, dys.shape[2]).transpose(1, 2), out=dC)
+    torch.bmm(xs, dnew.view(len(xs), -1, xs.shape[2]).transpose(1, 2), out=dB)
+    if marks is not None:
+        dC.mul_(marks.head.view(len(dC), -1, 1))
+        dB.mul_(marks.tail.view(len(dB), -1, 1))
+    dB.baddbmm_(dscores.transpose(1, 2), C)
+    dC.baddbmm_(dscores, B)
+
+
+def _leaving(products: Tensor, dend: Tensor, end: Tensor, heads: int) -> Tensor:
+    """(b, c, g, h): ⟨dS', S'⟩ of the state that leaves each chunk, ``products`` being those of all but the last."""
+    last = _per_head((dend * end).unsqueeze(2), heads)
+    return torch.cat([_per_head(products, heads), last], 1)
+
+
+def _carry(states: list[Tensor], new: Tensor, through: Tensor, backwards: bool = False) -> None:
+    """states_(k+1) = new_k + through_k ∘ states_k for the chunks k (dim 2 of the others), from the first of the list
+    on, which is there; ``backwards`` takes the chunks from the last one."""
+    order = -1 if backwards else 1
+    into, factors = new.unbind(2)[::order], through.unbind(2)[::order]
+    for before, n, factor, after in zip(states[:-1], into, factors, states[1:], strict=True):
+        torch.addcmul(n, before, factor, out=after)
+
+
 def scaled_forward(
-    x: Tensor, dt: Tensor, cum: Tensor, B: Tensor, C: Tensor, state: Tensor, marks: Marks | None
-) -> Saved:
-    """What each step receives from the steps before it, and the state that leaves; ``state`` (g, b, n, h·p) enters."""
-    b, c, q, g, h, p = x.shape
-    n = B.shape[-1]
-    mid = cum[:, :, -1] / 2
-    half = _exp(mid, x.dtype)
-    u, v = _exp(cum - mid.unsqueeze(2), x.dtype), _exp(mid.unsqueeze(2) - cum, x.dtype).mul_(dt)
-    xs = x * v.unsqueeze(-1)
-    before = _masks(q, x, marks)[1]
-    Cm, Bm = (C, B) if marks is None else (C * marks.head, B * marks.tail)
-    y, own = x.new_empty(g, b * c, q, h * p), x.new_empty(b, c, q, g)
-    new, states = x.new_empty(g, b, c, n, h * p), x.new_empty(g, b, c, n, h * p)
+    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor, marks: Marks | None, to: Saved
+) -> None:
+    """Write what each step receives from the steps before it, and the states; ``state`` (g, b, n, h·p) enters."""
+    b, c, _, g, h, p = x.shape
+    u, grow = _factors(to.cum, x.dtype)
+    xs = x * (grow * dt).unsqueeze(-1)
+    Bm, Cm = _reached(B, C, marks)
+    half = u[:, :, -1]
+    step = half * torch.cat([half[:, 1:], torch.ones_like(half[:, :1])], 1)
+    new = _chunk_states(Bm, xs).mul_(_wide(step, p))
+    torch.mul(state, _wide(half[:, :1], p)[:, :, 0], out=to.states[:, :, 0])
+    _carry([*to.states.unbind(2), to.end], new, _wide(_alive(step, marks), p))
     for i in range(g):
+        y = _flat(to.past, i)
         scores = torch.bmm(_flat(C, i), _flat(B, i).transpose(1, 2))
-        own[..., i] = _diagonal(scores, b)
-        torch.bmm(scores.mul_(before), _flat(xs, i), out=y[i])
-        torch.bmm(_flat(Bm, i).transpose(1, 2), _flat(xs, i), out=new[i].view(b * c, n, h * p))
-    step = _wide(half * torch.cat([half[:, 1:], torch.ones_like(half[:, :1])], 1), p).unbind(2)
-    torch.mul(state, _wide(half[:, :1], p)[:, :, 0], out=states[:, :, 0])
-    at, to = states.unbind(2), new.unbind(2)
-    for k in range(c):
-        _add_alive(to[k], at[k], marks, k)
-        if k + 1 < c:
-            torch.mul(to[k], step[k], out=at[k + 1])
-    end = to[-1] * step[-1]
-    for i in range(g):
-        y[i].baddbmm_(_flat(Cm, i), states[i].view(b * c, n, h * p))
-    y = y.view(g, b, c, q, h, p).permute(1, 2, 3, 0, 4, 5)
-    past = torch.mul(y, u.unsqueeze(-1), out=y if g == 1 else torch.empty_like(xs))
-    return Saved(cum, past, own, states, end)
-
-
-def _add_alive(to: Tensor, state: Tensor, marks: Marks | None, k: int) -> None:
-    """to += state, where the state outlives chunk k."""
-    if marks is None:
-        to.add_(state)
-    else:
-        to.addcmul_(state, marks.alive[None, :, k, None, None])
+        to.own[..., i] = _diagonal(scores, b)
+        torch.bmm(_seen(scores, marks, -1), _flat(xs, i), out=y)
+        y.baddbmm_(_flat(Cm, i), to.states[i].view(b * c, -1, h * p))
+    to.past.mul_(u.unsqueeze(-1))
 
 
 def scaled_backward(
@@ -164,89 +220,65 @@ def scaled_backward(
     C: Tensor,
     saved: Saved,
     marks: Marks | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ dx and d(dt) without the self term, d(dt) also without its way through dt·A; d(dt·A), dB, dC, d(state)."""
-    b, c, q, g, h, p = x.shape
-    n, cum, states = B.shape[-1], saved.cum, saved.states
-    mid = cum[:, :, -1] / 2
-    half = _exp(mid, x.dtype)
-    u, grow = _exp(cum - mid.unsqueeze(2), x.dtype), _exp(mid.unsqueeze(2) - cum, x.dtype)
+    to: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes dx without the self term, dB and dC ``to`` tensors like x, B and C.
+
+    → d(dt) without the self term and its way through dt·A, d(dt·A), d(state).
+    """
+    b, c, _, g, h, p = x.shape
+    u, grow = _factors(saved.cum, x.dtype)
     v = grow * dt
     xs, dys = x * v.unsqueeze(-1), dy * u.unsqueeze(-1)
-    seen, before = _masks(q, x, marks)
-    Cm, Bm = (C, B) if marks is None else (C * marks.head, B * marks.tail)
-    dstates, dnew = x.new_empty(g, b, c, n, h * p), x.new_empty(g, b, c, n, h * p)
-    for i in range(g):
-        torch.bmm(_flat(Cm, i).transpose(1, 2), _flat(dys, i), out=dstates[i].view(b * c, n, h * p))
-    step = _wide(half * torch.cat([torch.ones_like(half[:, :1]), half[:, :-1]], 1), p).unbind(2)
+    Bm, Cm = _reached(B, C, marks)
+    half = u[:, :, -1]
+    step = half * torch.cat([torch.ones_like(half[:, :1]), half[:, :-1]], 1)
+    into = _chunk_states(Cm, dys).mul_(_wide(step, p))
+    dnew, dstate = torch.empty_like(into), torch.empty_like(dend)
     torch.mul(dend, _wide(half[:, -1:], p)[:, :, 0], out=dnew[:, :, -1])
-    at, to = dnew.unbind(2), dstates.unbind(2)
-    for k in range(c - 1, -1, -1):
-        _add_alive(to[k], at[k], marks, k)
-        if k:
-            torch.mul(to[k], step[k], out=at[k - 1])
-    dstate = to[0] * step[0]
-    dxs = x.new_empty(g, b * c, q, h * p)
-    dB, dC = x.new_empty(g, b * c, q, n), x.new_empty(g, b * c, q, n)
+    _carry([*dnew.unbind(2)[::-1], dstate], into, _wide(_alive(step, marks), p), backwards=True)
+    dx, dB, dC = to
     for i in range(g):
-        Ci, Bi, xi, di = _flat(C, i), _flat(B, i), _flat(xs, i), _flat(dys, i)
-        scores = torch.bmm(Ci, Bi.transpose(1, 2)).mul_(before)
-        torch.bmm(scores.transpose(1, 2), di, out=dxs[i])
-        dxs[i].baddbmm_(_flat(Bm, i), dnew[i].view(b * c, n, h * p))
-        dscores = torch.bmm(di, xi.transpose(1, 2)).mul_(seen)
-        torch.bmm(di, states[i].view(b * c, n, h * p).transpose(1, 2), out=dC[i])
-        torch.bmm(xi, dnew[i].view(b * c, n, h * p).transpose(1, 2), out=dB[i])
-        if marks is not None:
-            dC[i].mul_(marks.head.view(b * c, q, 1))
-            dB[i].mul_(marks.tail.view(b * c, q, 1))
-        dC[i].baddbmm_(dscores, Bi)
-        dB[i].baddbmm_(dscores.transpose(1, 2), Ci)
-    dB, dC = (t.view(g, b, c, q, n).permute(1, 2, 3, 0, 4) for t in (dB, dC))
-    leaving = x.new_empty(b, c, g, h)  # ⟨dS', S'⟩ of the state that leaves each chunk
-    leaving[:, -1] = _per_head((dend * saved.end).unsqueeze(2), h)[:, 0]
-    if c > 1:
-        leaving[:, :-1] = _per_head(dstates[:, :, 1:].mul_(states[:, :, 1:]), h)
-    dxs = dxs.view(g, b, c, q, h, p).permute(1, 2, 3, 0, 4, 5)
-    r = (dxs * x).sum(-1).double()
-    dcum = (dy * saved.past).sum(-1).double() - r * v
+        Ci, Bi, xi, di, dxi = (_flat(t, i) for t in (C, B, xs, dys, dx))
+        scores = _seen(torch.bmm(Ci, Bi.transpose(1, 2)), marks, -1)
+        torch.bmm(scores.transpose(1, 2), di, out=dxi)
+        dxi.baddbmm_(_flat(Bm, i), dnew[i].view(b * c, -1, h * p))
+        dscores = _seen(torch.bmm(di, xi.transpose(1, 2), out=scores), marks)
+        _products(dscores, di, xi, Bi, Ci, saved.states[i], dnew[i], marks, _flat(dB, i), _flat(dC, i))
+    # step' is the factor between d(state) and what is carried back, so that the product is taken of what is at hand
+    leaving = _leaving(
+        torch.mul(dnew[:, :, :-1], saved.states[:, :, 1:], out=into[:, :, 1:]), dend, saved.end, h
+    )
+    leaving[:, :-1] /= step[:, 1:]
+    spare = xs
+    r = torch.mul(dx, x, out=spare).sum(-1).double()
+    dcum = torch.mul(dy, saved.past, out=spare).sum(-1).double() - r * v
     dcum[:, :, -1] += leaving
-    dx = dxs.mul_(v.unsqueeze(-1))
-    return dx, r * grow, _log_decay_gradient(dcum), dB, dC, dstate
+    dx.mul_(v.unsqueeze(-1))
+    return r * grow, _log_decay_gradient(dcum), dstate
 
 
 def exact_forward(
-    x: Tensor, dt: Tensor, cum: Tensor, B: Tensor, C: Tensor, state: Tensor, marks: Marks | None
-) -> Saved:
+    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor, marks: Marks | None, to: Saved
+) -> None:
     """As :func:`scaled_forward`, for any decay."""
-    b, c, q, g, h, p = x.shape
-    n = B.shape[-1]
+    (b, c, q, g, h, p), cum = x.shape, to.cum
     xd = x * dt.unsqueeze(-1)
-    whole = _exp(cum[:, :, -1], x.dtype)
-    if marks is not None:
-        whole = whole * marks.alive[..., None, None]
-    xw = xd * _exp(cum[:, :, -1:] - cum, x.dtype).unsqueeze(-1)
-    before = _masks(q, x, marks)[1]
-    Cm, Bm = (C, B) if marks is None else (C * marks.head, B * marks.tail)
-    new, states = x.new_empty(g, b, c, n, h * p), x.new_empty(g, b, c, n, h * p)
-    for i in range(g):
-        torch.bmm(_flat(Bm, i).transpose(1, 2), _flat(xw, i), out=new[i].view(b * c, n, h * p))
-    states[:, :, 0] = state
-    at, to, through = states.unbind(2), new.unbind(2), _wide(whole, p).unbind(2)
-    for k in range(c - 1):
-        torch.addcmul(to[k], at[k], through[k], out=at[k + 1])
-    end = torch.addcmul(to[-1], at[-1], through[-1])
-    past, own = x.new_empty(b, c, q, g, h, p), x.new_empty(b, c, q, g)
+    Bm, Cm = _reached(B, C, marks)
+    new = _chunk_states(Bm, xd * _exp(cum[:, :, -1:] - cum, x.dtype).unsqueeze(-1))
+    to.states[:, :, 0] = state
+    through = _alive(_exp(cum[:, :, -1], x.dtype), marks)
+    _carry([*to.states.unbind(2), to.end], new, _wide(through, p))
     reach = _exp(cum, x.dtype).unsqueeze(-1)
     for i in range(g):
         scores = torch.bmm(_flat(C, i), _flat(B, i).transpose(1, 2))
-        own[..., i] = _diagonal(scores, b)
-        scores.mul_(before)
-        carried = torch.bmm(_flat(Cm, i), states[i].view(b * c, n, h * p)).view(b, c, q, h, p)
+        to.own[..., i] = _diagonal(scores, b)
+        _seen(scores, marks, -1)
+        carried = torch.bmm(_flat(Cm, i), to.states[i].view(b * c, -1, h * p)).view(b, c, q, h, p)
         for k in range(h):
             seen = _decay_matrix(cum, i, k, x.dtype).mul_(scores)
             inside = torch.bmm(seen, xd[:, :, :, i, k].reshape(b * c, q, p)).view(b, c, q, p)
-            torch.addcmul(inside, carried[:, :, :, k], reach[:, :, :, i, k], out=past[:, :, :, i, k])
-    return Saved(cum, past, own, states, end)
+            torch.addcmul(inside, carried[:, :, :, k], reach[:, :, :, i, k], out=to.past[:, :, :, i, k])
 
 
 def exact_backward(
@@ -258,55 +290,39 @@ def exact_backward(
     C: Tensor,
     saved: Saved,
     marks: Marks | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    to: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`scaled_backward`, for any decay."""
-    b, c, q, g, h, p = x.shape
-    n, cum, states = B.shape[-1], saved.cum, saved.states
-    whole = _exp(cum[:, :, -1], x.dtype)
-    if marks is not None:
-        whole = whole * marks.alive[..., None, None]
+    (b, c, q, g, h, p), cum = x.shape, saved.cum
     late = _exp(cum[:, :, -1:] - cum, x.dtype).unsqueeze(-1)
-    xd = x * dt.unsqueeze(-1)
-    dyu = dy * _exp(cum, x.dtype).unsqueeze(-1)
-    seen, before = _masks(q, x, marks)
-    Cm, Bm = (C, B) if marks is None else (C * marks.head, B * marks.tail)
-    dstates, dnew = x.new_empty(g, b, c, n, h * p), x.new_empty(g, b, c, n, h * p)
-    for i in range(g):
-        torch.bmm(_flat(Cm, i).transpose(1, 2), _flat(dyu, i), out=dstates[i].view(b * c, n, h * p))
-    dnew[:, :, -1] = dend
-    at, to, through = dnew.unbind(2), dstates.unbind(2), _wide(whole, p).unbind(2)
-    for k in range(c - 1, 0, -1):
-        torch.addcmul(to[k], at[k], through[k], out=at[k - 1])
-    dstate = torch.addcmul(to[0], at[0], through[0])
-    dxd = x.new_empty(b, c, q, g, h, p)
-    dB, dC = x.new_empty(g, b * c, q, n), x.new_empty(g, b * c, q, n)
+    xd, dyu = x * dt.unsqueeze(-1), dy * _exp(cum, x.dtype).unsqueeze(-1)
     xw = xd * late
+    Bm, Cm = _reached(B, C, marks)
+    into = _chunk_states(Cm, dyu)
+    dnew, dstate = torch.empty_like(into), torch.empty_like(dend)
+    dnew[:, :, -1] = dend
+    through = _alive(_exp(cum[:, :, -1], x.dtype), marks)
+    _carry([*dnew.unbind(2)[::-1], dstate], into, _wide(through, p), backwards=True)
+    dx, dB, dC = to
     for i in range(g):
         Ci, Bi = _flat(C, i), _flat(B, i)
-        scores = torch.bmm(Ci, Bi.transpose(1, 2)).mul_(before)
+        scores = _seen(torch.bmm(Ci, Bi.transpose(1, 2)), marks, -1)
         dscores = torch.zeros_like(scores)
-        carried = torch.bmm(_flat(Bm, i), dnew[i].view(b * c, n, h * p)).view(b, c, q, h, p)
+        carried = torch.bmm(_flat(Bm, i), dnew[i].view(b * c, -1, h * p)).view(b, c, q, h, p)
         for k in range(h):
             decay = _decay_matrix(cum, i, k, x.dtype)
             dyk = dy[:, :, :, i, k].reshape(b * c, q, p)
             dseen = torch.bmm(dyk, xd[:, :, :, i, k].reshape(b * c, q, p).transpose(1, 2))
             dscores.addcmul_(dseen, decay)
             inside = torch.bmm(decay.mul_(scores).transpose(1, 2), dyk).view(b, c, q, p)
-            torch.addcmul(inside, carried[:, :, :, k], late[:, :, :, i, k], out=dxd[:, :, :, i, k])
-        dscores.mul_(seen)
-        torch.bmm(_flat(dyu, i), states[i].view(b * c, n, h * p).transpose(1, 2), out=dC[i])
-        torch.bmm(_flat(xw, i), dnew[i].view(b * c, n, h * p).transpose(1, 2), out=dB[i])
-        if marks is not None:
-            dC[i].mul_(marks.head.view(b * c, q, 1))
-            dB[i].mul_(marks.tail.view(b * c, q, 1))
-        dC[i].baddbmm_(dscores, Bi)
-        dB[i].baddbmm_(dscores.transpose(1, 2), Ci)
-    dB, dC = (t.view(g, b, c, q, n).permute(1, 2, 3, 0, 4) for t in (dB, dC))
-    leaving = x.new_empty(b, c, g, h)
-    leaving[:, -1] = _per_head((dend * saved.end).unsqueeze(2), h)[:, 0]
-    if c > 1:
-        leaving[:, :-1] = _per_head(dnew[:, :, :-1].mul_(states[:, :, 1:]), h)
-    r = (dxd * x).sum(-1).double()
-    dcum = (dy * saved.past).sum(-1).double() - r * dt
-    dcum[:, :, -1] += leaving
-    return dxd.mul_(dt.unsqueeze(-1)), r, _log_decay_gradient(dcum), dB, dC, dstate
+            torch.addcmul(inside, carried[:, :, :, k], late[:, :, :, i, k], out=dx[:, :, :, i, k])
+        dscores = _seen(dscores, marks)
+        left = (saved.states[i], dnew[i], marks, _flat(dB, i), _flat(dC, i))
+        _products(dscores, _flat(dyu, i), _flat(xw, i), Bi, Ci, *left)
+    products = torch.mul(dnew[:, :, :-1], saved.states[:, :, 1:], out=into[:, :, 1:])
+    spare = xw
+    r = torch.mul(dx, x, out=spare).sum(-1).double()
+    dcum = torch.mul(dy, saved.past, out=spare).sum(-1).double() - r * dt
+    dcum[:, :, -1] += _leaving(products, dend, saved.end, h)
+    dx.mul_(dt.unsqueeze(-1))
+    return r, _log_decay_gradient(dcum), dstate

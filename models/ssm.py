@@ -49,16 +49,22 @@ class SSMLayer(nn.Module):
         self.norm = nn.LayerNorm(d_in) if self.residual else nn.Identity()
 
     def poles(self) -> Tensor:
-        """λ (N,), real or complex, with a negative real part."""
-        decay = -self.log_decay.exp()
-        return decay if self.frequency is None else torch.complex(decay, self.frequency)
+        """λ (N,), real or complex, with a negative real part; in double precision."""
+        decay = -self.log_decay.double().exp()
+        return decay if self.frequency is None else torch.complex(decay, self.frequency.double())
 
     def discrete(self, elapsed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """e^(λΔe) and (e^(λΔe) − 1)/λ for elapsed (…, 1) in bars: (…, N)."""
+        """e^(λΔe) and (e^(λΔe) − 1)/λ for elapsed (…, 1) in bars: (…, N).
+
+        For bars of equal length computed in double precision: λΔ is an angle of up to 20, and what single precision
+        loses of it per bar would add up over the thousands of bars of a memory.
+        """
         poles = self.poles()
-        z = poles * self.log_dt.exp()
-        z = z if elapsed is None else z * elapsed
-        return torch.exp(z), torch.expm1(z) / poles
+        z = poles * self.log_dt.double().exp()
+        dtype = self.log_dt.dtype.to_complex() if z.is_complex() else self.log_dt.dtype
+        if elapsed is not None:
+            poles, z = poles.to(dtype), z.to(dtype) * elapsed
+        return torch.exp(z).to(dtype), (torch.expm1(z) / poles).to(dtype)
 
     def init_state(self, batch: int) -> State:
         shape = (batch, self.d_out, 2)[: 1 + self.parts]

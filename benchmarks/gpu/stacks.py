@@ -1,7 +1,8 @@
 """Stacks of sequence models on a CUDA machine: training speed, half precision, decoding with a long context.
 
 Self-contained: it needs torch and the package, writes one JSON document to the file named by ``--json``, and exits
-with code 3 and one line where there is no GPU.
+with code 3 and one line where there is no GPU. ``--cpu`` runs every line of it there in a tiny size, so that a GPU
+that is there for minutes is not met by a slip of the pen.
 
 1. training tokens/s of every stack at equal width and depth, float32 and bfloat16 autocast;
 2. loss curves of the hybrid on an invented task (recall of a value shown earlier), bfloat16 against float32;
@@ -16,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from recur.models.attention import AttentionMixer
 from recur.models.interface import State
 from recur.models.residual import Stack, nemotron_pattern
 
-DEVICE = torch.device("cuda")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def patterns(layers: int) -> dict[str, str]:
@@ -47,14 +49,35 @@ def build(pattern: str, width: int, context: int, d_in: int = 16) -> Stack:
     return made.to(DEVICE)
 
 
+def wait() -> None:
+    """Until the device has done what it was given."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def forget_peak() -> None:
+    """Give cached memory back and begin the peak anew."""
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib() -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else 0.0
+
+
+def half_precision(enabled: bool) -> torch.autocast:
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled)
+
+
 def seconds(job: Callable[[], object], rounds: int) -> float:
     """Median wall time of one call, the device waited for."""
     taken = []
     for turn in range(rounds + 2):
-        torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
         job()
-        torch.cuda.synchronize()
+        wait()
         if turn >= 2:
             taken.append(time.perf_counter() - start)
     return sorted(taken)[len(taken) // 2]
@@ -66,24 +89,23 @@ def training(width: int, layers: int, batch: int, length: int, rounds: int) -> d
     for name, pattern in patterns(layers).items():
         for half in (False, True):
             model = build(pattern, width, length)
-            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            optimizer = torch.optim.AdamW(model.parameters(), fused=DEVICE.type == "cuda")
 
             def step(model: Stack = model, optimizer: Any = optimizer, half: bool = half) -> None:
                 optimizer.zero_grad(set_to_none=True)
-                with torch.autocast("cuda", torch.bfloat16, enabled=half):
+                with half_precision(half):
                     loss = model(u)[0].float().square().mean()
                 torch.autograd.backward(loss)
                 optimizer.step()
 
-            torch.cuda.reset_peak_memory_stats()
+            forget_peak()
             taken = seconds(step, rounds)
             out[f"{name} {'bf16' if half else 'fp32'}"] = {
                 "tokens_per_s": batch * length / taken,
-                "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+                "peak_gib": peak_gib(),
                 "parameters": sum(p.numel() for p in model.parameters()),
             }
-            del model, optimizer
-            torch.cuda.empty_cache()
+            del model, optimizer, step
     return out
 
 
@@ -111,7 +133,7 @@ def curves(width: int, layers: int, batch: int, length: int, updates: int) -> di
         for _ in range(updates):
             u, answer = recall_batch(batch, length, make)
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            with half_precision(half):
                 scores = head(model(u)[0][:, -1])
             loss = nn.functional.cross_entropy(scores.float(), answer)
             torch.autograd.backward(loss)
@@ -135,61 +157,79 @@ def decode_rate(model: Stack, batch: int, context: int, steps: int) -> float:
         state = full_state(model, batch, context)
         for _ in range(3):
             _, state = model.step(u, state)
-        torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
         for _ in range(steps):
             _, state = model.step(u, state)
-        torch.cuda.synchronize()
+        wait()
     return batch * steps / (time.perf_counter() - start)
 
 
-def decoding(width: int, layers: int, context: int, steps: int) -> dict[str, Any]:
+def decoding(width: int, layers: int, context: int, steps: int, most: int) -> dict[str, Any]:
+    """Batches 1, 2, 4 … ``most`` or as many as the memory holds."""
     out: dict[str, Any] = {}
     for name in ("hybrid", "attention"):
         model = build(patterns(layers)[name], width, context + steps).to(torch.bfloat16)
         rates: dict[int, float] = {}
-        batch = 1
-        while True:
+        for batch in (2**k for k in range(most.bit_length())):
+            forget_peak()
             try:
                 decode_rate(model, batch, context, 8)
                 rates[batch] = decode_rate(model, batch, context, steps)
             except torch.OutOfMemoryError:
                 break
-            batch *= 4
-            if batch > 1024:
-                break
-        torch.cuda.empty_cache()
         out[name] = {"tokens_per_s_by_batch": rates, "best": max(rates.values(), default=0.0)}
         del model
-        torch.cuda.empty_cache()
     out["hybrid_over_attention"] = out["hybrid"]["best"] / max(out["attention"]["best"], 1e-9)
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    width: int
+    layers: int
+    batch: int
+    length: int
+    rounds: int
+    updates: int
+    context: int
+    steps: int
+    most: int
+    """Largest batch of the decoding."""
+
+
+SIZES = {
+    "full": Sizes(512, 24, 8, 2048, 10, 600, 65_536, 1024, 1024),
+    "quick": Sizes(128, 12, 8, 512, 3, 50, 4096, 64, 1024),
+    "cpu": Sizes(32, 6, 2, 70, 1, 20, 96, 4, 2),
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes; not for quoting")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="small sizes; not for quoting")
+    size.add_argument("--cpu", action="store_true", help="try every line without a GPU; measures nothing")
     parser.add_argument("--json", type=Path, default=Path("gpu-stacks.json"))
     asked = parser.parse_args()
-    if not torch.cuda.is_available():
+    if DEVICE.type != "cuda" and not asked.cpu:
         print("No CUDA device: this benchmark needs one; nothing was measured.", file=sys.stderr)
         return 3
-    width, layers, quick = (128, 12, True) if asked.quick else (512, 24, False)
+    s = SIZES["cpu" if asked.cpu else "quick" if asked.quick else "full"]
     out: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "width": width,
-        "layers": layers,
+        "sizes": asdict(s),
     }
     parts: dict[str, Callable[[], Any]] = {
-        "training": lambda: training(width, layers, 8, 512 if quick else 2048, 3 if quick else 10),
-        "curves": lambda: curves(128, 12, 64, 256, 50 if quick else 600),
-        "decoding": lambda: decoding(width, layers, 4096 if quick else 65_536, 64 if quick else 1024),
+        "training": lambda: training(s.width, s.layers, s.batch, s.length, s.rounds),
+        "curves": lambda: curves(min(s.width, 128), min(s.layers, 12), 8 * s.batch, s.length // 8, s.updates),
+        "decoding": lambda: decoding(s.width, s.layers, s.context, s.steps, s.most),
     }
     for name, part in parts.items():
         out[name] = part()
         asked.json.write_text(json.dumps(out, indent=2) + "\n")
-        print(f"{name}: {json.dumps(out[name])}")
+        print(f"{name}: {json.dumps(out[name])}", flush=True)
     return 0
 
 
