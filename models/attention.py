@@ -109,9 +109,9 @@ class AttentionMixer(nn.Module):
             for name, new in (("k", k), ("v", v))
         }
         # The query heads of a group see the same keys: they are rows of one product, and nothing is repeated.
+        rows = q.view(len(q), self.kv_heads, -1, self.head)
+        keys, values = (ring[name].transpose(1, 2).to(q.dtype) for name in ("k", "v"))
         y = F.scaled_dot_product_attention(
-            q.view(len(q), self.kv_heads, -1, self.head),
-            *(ring[name].transpose(1, 2).to(q.dtype) for name in ("k", "v")),
-            attn_mask=(slot <= n.unsqueeze(1))[:, None, None],
+            rows, keys, values, attn_mask=(slot <= n.unsqueeze(1))[:, None, None]
         )
         return self.out_proj(y.flatten(1)), {**ring, "n": n + 1}

@@ -214,7 +214,7 @@ def ssd_step(
         y = torch.bmm(Cs, after)
     else:
         after, y = torch.empty_like(before), torch.empty_like(into)
-        parts = (t.split(STEP_ROWS) for t in (before, decay, Bs, into, Cs, after, y))
+        parts = (torch.split(t, STEP_ROWS) for t in (before, decay, Bs, into, Cs, after, y))
         for old, factor, b_t, x_t, c_t, new, out in zip(*parts, strict=True):
             torch.mul(old, factor, out=new).addcmul_(b_t, x_t)
             torch.bmm(c_t, new, out=out)
