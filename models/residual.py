@@ -11,6 +11,8 @@ projections begin smaller by 1/√(number of blocks), so that the sum over block
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,8 +46,19 @@ class FeedForward(nn.Module):
         return self(u_t, state)  # type: ignore[no-any-return]
 
 
+HEADS = 8
+"""Least number of heads of a Mamba-2 layer. A head forgets at one rate: with the published 64 channels per head a layer of
+width 32 would have a single one, whose rate is drawn by chance (docs/memory.md)."""
+
+
+def _mamba2(d_model: int) -> Mamba2Mixer:
+    return Mamba2Mixer(d_model, head=max(1, min(64, 2 * d_model // HEADS)), expand=2)
+
+
 Mixer = Mamba2Mixer | MambaMixer | AttentionMixer | FeedForward
-MIXERS: dict[str, type[Mixer]] = {"M": Mamba2Mixer, "S": MambaMixer, "*": AttentionMixer, "-": FeedForward}
+MIXERS: dict[str, Callable[[int], Mixer]] = {
+    "M": _mamba2, "S": MambaMixer, "*": AttentionMixer, "-": FeedForward,
+}  # fmt: skip
 
 
 def nemotron_pattern(n_layers: int) -> str:

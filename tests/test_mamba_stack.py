@@ -244,3 +244,10 @@ def test_half_precision_stays_near_float32_in_sequence_and_steps(autocast: bool)
     assert state["0.ssm"].dtype == state["4.ssm"].dtype == torch.float32
     for y in (whole, steps):
         assert (y.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_a_narrow_layer_has_eight_heads_and_a_wide_one_the_published_width() -> None:
+    heads = {
+        width: len(dict(Mamba2(4, width).named_parameters())["mixers.0.D"]) for width in (32, 64, 256, 512)
+    }
+    assert heads == {32: 8, 64: 8, 256: 8, 512: 16}
