@@ -2,7 +2,7 @@
 
 Hourly BTC candles (Binance spot from 2017 on) and four archives of dated headlines go into a store; a sentiment model is
 trained on labelled texts without dates (Financial PhraseBank, Twitter, crypto headlines), so that none of what it learned
-from is an item of the archives unless its words are; ``recur backtest --ablate news --placebo N`` judges 2023-07-01 …
+from is an item of the archives unless its words are (two passes of fine-tuning, to be done in minutes); ``recur backtest --ablate news --placebo N`` judges 2023-07-01 …
 2024-01-01. Run with the data folder beside the checkout:
 
     python benchmarks/news.py [--data ../shared/data] [--placebo 10] [--home FOLDER] [--json FILE]
@@ -61,7 +61,7 @@ def main() -> None:
         recur(home, "fetch", "--category", "spot", "--source", str(asked.data / CANDLES))
         items = [recur(home, "fetch", "--source", str(asked.data / name)) for name in NEWS]
         labelled = [word for name in TEXTS for word in ("--data", str(asked.data / name))]
-        model = recur(home, "train", "sentiment", *labelled)["run_id"]
+        model = recur(home, "train", "sentiment", "--epochs", "2", *labelled)["run_id"]
         scored = recur(home, "sentiment", "--stored", "--run", model)
         result = recur(
             home, "backtest", "--ablate", "news", "--placebo", str(asked.placebo), "--seed", asked.seed, *SPAN,
