@@ -177,7 +177,7 @@ def plan_fetch(store: Store, connector: BybitConnector, request: FetchRequest) -
     ]
     with store.session() if store.path.exists() else nullcontext():
         asks = [_asked_range(store, plan, series) for series in wanted]
-    _learn_listings(connector, plan, [ask for ask in asks if ask.starts])
+    _learn_listings(connector, plan, [ask for ask in asks if ask.early])
     for ask in asks:
         if ask.since_ms < ask.until_ms:
             (_plan_funding if ask.series.kind == "funding" else _plan_grid)(plan, ask)
@@ -235,7 +235,8 @@ def _since(request: FetchRequest, until_ms: int, record: list[Range]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Ask:
-    """The range wanted of a series, its record, what of it is settled, and whether the range starts before it."""
+    """The range wanted of a series, its record, what of it is settled, whether the range starts before the record, and
+    whether it starts before the first stored row, so that the symbol may not have traded yet."""
 
     series: Series
     since_ms: int
@@ -243,6 +244,7 @@ class _Ask:
     record: list[Range]
     done: list[Range]
     starts: bool
+    early: bool
 
 
 def _asked_range(store: Store, plan: FetchPlan, series: Series) -> _Ask:
@@ -258,7 +260,11 @@ def _asked_range(store: Store, plan: FetchPlan, series: Series) -> _Ask:
     since_ms = ceil_open(since_ms, interval) if interval else since_ms
     starts = since_ms < until_ms and (not record or since_ms < record[0][0])
     done = _settled(store, series, record) if record and until_ms == newest_ms else record
-    return _Ask(series, since_ms, until_ms, record, done, starts)
+    early = starts
+    if record and since_ms < until_ms and not starts:
+        first_ms = store.first_open(series)
+        early = first_ms is None or since_ms < first_ms
+    return _Ask(series, since_ms, until_ms, record, done, starts, early)
 
 
 def _settled(store: Store, series: Series, record: list[Range]) -> list[Range]:
@@ -273,7 +279,7 @@ def _settled(store: Store, series: Series, record: list[Range]) -> list[Range]:
 
 
 def _learn_listings(connector: BybitConnector, plan: FetchPlan, new: list[_Ask]) -> None:
-    """Ask for the first bar that each new symbol traded; the venue's stated launch time is no lower bound."""
+    """Ask for the first bar that each symbol traded; the venue's stated launch time is no lower bound."""
     symbols = {ask.series.symbol: Series(*_trade_key(plan, ask.series)) for ask in new}
     if not symbols:
         return

@@ -266,18 +266,25 @@ class Store:
             ).fetchall()
         return merged_ranges(asked)
 
+    def first_open(self, series: Series) -> int | None:
+        """Like ``last_open``, of the oldest stored row."""
+        return self._edge(series, "min")
+
     def last_open(self, series: Series) -> int | None:
         """Open time (for funding and points: their instant) of the newest stored row of a series, None without any."""
+        return self._edge(series, "max")
+
+    def _edge(self, series: Series, of: str) -> int | None:
         if not self.path.exists():
             return None
         table = table_of(series)
         with self.read() as con:
-            ((newest,),) = con.execute(
-                f"""SELECT epoch_ms(max({table.time})) FROM {table.name}
+            ((at_ms,),) = con.execute(
+                f"""SELECT epoch_ms({of}({table.time})) FROM {table.name}
                 WHERE {" AND ".join(f"{column} = ?" for column in table.series)}""",
                 list(names_of(series)),
             ).fetchall()
-        return None if newest is None else int(newest)
+        return None if at_ms is None else int(at_ms)
 
     def inventory(self) -> list[inventory.StoredSeries]:
         """Every stored series with its rows and revisions."""

@@ -103,6 +103,20 @@ def test_a_later_fetch_goes_on_where_the_record_ends_and_corrects_nothing_twice(
     assert hours(store.candles("linear", ["BTCUSDT"], "1h")) == list(range(1457))
 
 
+def test_times_before_the_listing_are_named_so_however_the_range_is_cut(
+    sandbox: SandboxServer, tmp_path: Path
+) -> None:
+    days = [START + n * 24 * HOUR_MS for n in range(-4, 3, 2)]
+    whole, pieces = Store(tmp_path / "whole"), Store(tmp_path / "pieces")
+    fetch(whole, sandbox.base_url, since_ms=days[0], until_ms=days[-1])
+    fetch(pieces, sandbox.base_url, since_ms=days[0], until_ms=days[1])
+    fetch(pieces, sandbox.base_url, since_ms=days[1] + 24 * HOUR_MS, until_ms=days[-1])
+    fetch(pieces, sandbox.base_url, since_ms=days[1], until_ms=days[1] + 24 * HOUR_MS)
+    for store in (whole, pieces):
+        gaps = table(store, "fetch_windows").filter(pl.col("status") == "gap")
+        assert set(gaps["reason"]) == {"before listing"}
+
+
 def test_an_earlier_since_brings_only_the_part_before(sandbox: SandboxServer, tmp_path: Path) -> None:
     store = Store(tmp_path)
     fetch(store, sandbox.base_url, since_ms=START + 48 * HOUR_MS, until_ms=START + 96 * HOUR_MS)
