@@ -927,7 +927,14 @@ def report(
     from recur.storage.runs import open_run
 
     state: State = ctx.obj
-    path = write_report(open_run(state.home, run or _latest_backtest(state.home))).resolve()
+    folder = open_run(state.home, run or _latest_backtest(state.home))
+    if folder.run_id.startswith("sentiment-"):
+        raise UsageError(
+            f"Run {folder.run_id} is a sentiment model: a report shows forecasts of prices.",
+            f"'recur sentiment --evaluate FILE --run {folder.run_id}' judges it; {folder.path / 'metrics.json'} holds its"
+            " metrics.",
+        )
+    path = write_report(folder).resolve()
     state.result({"path": str(path)}, lambda: print(path))
     if show if show is not None else sys.stdout.isatty() and not state.json:
         import webbrowser

@@ -64,8 +64,12 @@ class Texts:
         )
 
     def before(self, until_ms: int) -> Texts:
-        """The texts that were published before then, and those that bear no time."""
-        return self.take([i for i, at in enumerate(self.published) if at is None or at < until_ms])
+        """The texts that were published before then, and those that bear no time.
+
+        A time at midnight sharp is a date: its day has to be over by then.
+        """
+        ends = [at if at is None or at % DAY_MS else at + DAY_MS - 1 for at in self.published]
+        return self.take([i for i, at in enumerate(ends) if at is None or at < until_ms])
 
     def window(self) -> dict[str, str | None]:
         """Earliest and latest publication, ISO-8601; None when no text carries its time."""

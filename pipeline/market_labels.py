@@ -90,6 +90,12 @@ def label_from_market(store: Store, config: Config, files: Sequence[Path], valid
     known_until = int(inside[int((1 - TEST_SHARE) * len(inside))])
     frame = frame.with_columns(_part(train_until, known_until))
     kept = frame.filter(pl.col("label").is_not_null() & (pl.col("split") != "purged"))
+    if not (kept["split"] == "validation").any():  # a part drawn at random instead would not keep to the time
+        raise UsageError(
+            f"{rows} texts leave none to validate between {iso(train_until)} and {iso(known_until)}: the windows of all"
+            f" of that part reach into the test part, or have no label ({_said(_counts(frame['why']))}).",
+            "Give texts of a longer time, or lower sentiment.reaction_bars.",
+        )
     texts = Texts(
         kept["text"].to_list(),
         (kept["label"] + 1).to_numpy().astype(np.int64),

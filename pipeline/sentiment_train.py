@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import time
+import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -206,7 +207,8 @@ def train_sentiment(
     if resume:
         if folder.status() == COMPLETE:
             return folder.read_json("metrics.json")
-        plan = plan.with_choices(None, int(folder.read_manifest()["seed"]))
+        begun = tomllib.loads((folder.path / "config.toml").read_text("utf-8"))
+        plan = plan.with_choices(begun["sentiment"]["epochs"], int(folder.read_manifest()["seed"]))
         base = folder.read_manifest()["parent"]
     parent = open_sentiment(home, base) if base else None
     parts = divide(texts, plan.validation, plan.fine.seed)

@@ -314,3 +314,17 @@ def test_the_day_of_a_date_only_item_counts_as_over(tmp_path: Path) -> None:
     published = np.array(found.texts.published, dtype=np.int64)
     days = np.array([found.days[f] for f in found.texts.fingerprints])
     assert (days == published // DAY_MS + 1).all()
+
+
+def test_without_a_text_to_validate_on_no_part_is_drawn_at_random_instead(tmp_path: Path) -> None:
+    store = store_with(tmp_path, candles("BTCUSDT", START, BARS, seed=1), news(list(range(200, 240))))
+    with pytest.raises(UsageError, match="none to validate"):
+        label_from_market(store, config(), [], 0.1)
+
+
+def test_a_date_is_before_a_time_only_when_its_day_is_over() -> None:
+    noon = START + DAY_MS // 2
+    times = [START, START + HOUR_MS, None, START - DAY_MS]
+    texts = Texts(list("abcd"), np.zeros(4, dtype=np.int64), [""] * 4, times, list("abcd"))
+    assert texts.before(noon).text == ["b", "c", "d"]
+    assert texts.before(START + DAY_MS).text == ["a", "b", "c", "d"]

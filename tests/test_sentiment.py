@@ -155,7 +155,8 @@ def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(
     run = RunFolder(tmp_path, next((tmp_path / "runs").iterdir()).name)
     assert run.status() == "running"
     assert (run.path / "language.safetensors").exists()
-    resumed = train_sentiment(tmp_path, *files, plan=SMALL, resume="last")
+    other = SMALL.with_choices(1, 5)  # the run goes on with the epochs and the seed that it began with
+    resumed = train_sentiment(tmp_path, *files, plan=other, resume="last")
     assert resumed["run_id"] == run.run_id
     assert resumed["test"] | {"run_id": ""} == metrics["test"] | {"run_id": ""}
     texts = headlines(20, seed=9)["text"].to_list()
@@ -340,3 +341,12 @@ def test_the_command_line_traces_a_text(
     assert cli.run(words) == 0
     found = json.loads(capsys.readouterr().out)
     assert [token["token"] for token in found["tokens"]] == [" acme", " rises"]
+
+
+def test_a_report_of_a_sentiment_run_says_what_can_be_done_instead(
+    trained: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    home, run = trained[0], trained[1]["run_id"]
+    assert cli.run(["--home", str(home), "report", run, "--no-open"]) == 2
+    assert "--evaluate" in capsys.readouterr().err
+    assert not RunFolder(home, run).report.exists()
