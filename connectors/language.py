@@ -15,8 +15,8 @@ CERTAIN = 0.7
 """At this probability three of 12,800 English items (headline and lead) were taken for another language, and three quarters
 of 47 short headlines in fifteen other languages were recognised."""
 UNKNOWN = "unknown"
-NEWS_LANGUAGES = (
-    *(
+NEWS_LANGUAGES = tuple(
+    [
         "ar",
         "bg",
         "cs",
@@ -35,8 +35,19 @@ NEWS_LANGUAGES = (
         "it",
         "ja",
         "ko",
-    ),
-    *("nl", "no", "pl", "pt", "ro", "ru", "sv", "th", "tr", "uk", "vi", "zh"),
+        "nl",
+        "no",
+        "pl",
+        "pt",
+        "ro",
+        "ru",
+        "sv",
+        "th",
+        "tr",
+        "uk",
+        "vi",
+        "zh",
+    ]
 )
 
 

@@ -153,7 +153,7 @@ def fine_tune(
                 net(tokens, lengths), torch.from_numpy(labels[rows]), weight, label_smoothing=plan.smoothing
             )
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(net.parameters(), plan.clip)
             for options, rate in zip(optimiser.param_groups, rates, strict=True):
                 options["lr"] = rate * one_cycle(step, total)

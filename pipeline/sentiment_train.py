@@ -126,6 +126,7 @@ def adapt(
 def fine_tuned(
     net: TextClassifier,
     codec: TextCodec,
+    texts: Sequence[Sequence[int]],
     parts: Parts,
     plan: SentimentPlan,
     say: Say,
@@ -136,9 +137,9 @@ def fine_tuned(
     The scout learns from the training part alone; the validation part chooses its epoch and its temperature. Then
     ``plan.members`` networks learn as long from the same start, from the validation part too where that was drawn from
     the training part, and the weights are their mean (Wortsman et al. 2022, arXiv:2203.05482): most of what an ensemble
-    gains, at the price of one network. ``curves`` gets the scout's validation loss.
+    gains, at the price of one network. ``texts`` are the tokens of the training part; ``curves`` gets the scout's validation loss.
     """
-    texts, labels = codec.encode(parts.train.text), parts.train.label
+    labels = parts.train.label
     check = (codec.encode(parts.validation.text), parts.validation.label)
     begin = copy.deepcopy(net.state_dict())
     net.encoder.halve(bf16_pays())
@@ -254,7 +255,7 @@ def train_sentiment(
     curves: dict[str, list[float]] = (
         {} if parent else {"language_loss": folder.read_json("language.json")["losses"]}
     )
-    temperature, scouted = fine_tuned(net, codec, parts, plan, say, curves)
+    temperature, scouted = fine_tuned(net, codec, tokens, parts, plan, say, curves)
     write_curves(folder, curves)
     save_model(folder, net, language)
     folder.write_text("tokenizer.json", codec.to_json())
