@@ -15,40 +15,10 @@ CERTAIN = 0.7
 """At this probability three of 12,800 English items (headline and lead) were taken for another language, and three quarters
 of 47 short headlines in fifteen other languages were recognised."""
 UNKNOWN = "unknown"
-NEWS_LANGUAGES = tuple(
-    [
-        "ar",
-        "bg",
-        "cs",
-        "da",
-        "de",
-        "el",
-        "en",
-        "es",
-        "fa",
-        "fi",
-        "fr",
-        "he",
-        "hi",
-        "hu",
-        "id",
-        "it",
-        "ja",
-        "ko",
-        "nl",
-        "no",
-        "pl",
-        "pt",
-        "ro",
-        "ru",
-        "sv",
-        "th",
-        "tr",
-        "uk",
-        "vi",
-        "zh",
-    ]
-)
+NEWS_LANGUAGES = (
+    "ar", "bg", "cs", "da", "de", "el", "en", "es", "fa", "fi", "fr", "he", "hi", "hu", "id", "it", "ja", "ko", "nl",
+    "no", "pl", "pt", "ro", "ru", "sv", "th", "tr", "uk", "vi", "zh",
+)  # fmt: skip
 
 
 def language_of(text: str, languages: Iterable[str] = ()) -> str:
