@@ -99,13 +99,16 @@ class AttentionMixer(nn.Module):
 
         return y, {"k": ring(k_all), "v": ring(v_all), "n": total}
 
-    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """u_t (B, d_model) → (B, d_model)."""
+    def step(self, u_t: Tensor, state: State, inplace: bool = False) -> tuple[Tensor, State]:
+        """u_t (B, d_model) → (B, d_model); ``inplace`` as in :meth:`recur.models.residual.Stack.step`."""
         q, k, v = self._project(u_t.unsqueeze(1))
         n, slot = state["n"], torch.arange(self.context, device=u_t.device)
-        here = (slot == (n % self.context).unsqueeze(1))[..., None, None]
+        own = inplace and not torch.is_grad_enabled()
+        at = (torch.arange(len(n), device=n.device), n % self.context)
         ring = {
-            name: torch.where(here, new.to(state[name].dtype), state[name])
+            name: (state[name] if own else state[name].clone()).index_put_(
+                at, new[:, 0].to(state[name].dtype)
+            )
             for name, new in (("k", k), ("v", v))
         }
         # The query heads of a group see the same keys: they are rows of one product, and nothing is repeated.

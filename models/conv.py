@@ -57,22 +57,17 @@ def conv_backward(
     dweight: Tensor,
 ) -> Tensor:
     """Gradient of :func:`conv_forward`: writes ``dx`` (B, T, C), adds to ``dweight`` (K, C), returns dwindow."""
-    length, taps, channels = x.shape[1], weight.shape[1], x.shape[2]
+    length, taps = x.shape[1], weight.shape[1]
     w = weight.t().contiguous()
     dwindow = torch.zeros_like(window)
-    product = torch.empty_like(dy)
-    ones = dy.new_ones(1, dy.shape[0] * length)
     torch.mul(dy, w[-1], out=dx)
-    torch.mul(dy, x, out=product)
-    dweight[-1:].addmm_(ones, product.view(-1, channels))
+    dweight[-1] += (dy * x).sum((0, 1))
     for lag in range(1, taps):
         tap, n = w[-1 - lag], min(lag, length)
         if length > lag:
             late = dy[:, lag:] if segment is None else dy[:, lag:] * _same(segment, lag, x.dtype)
             dx[:, :-lag].addcmul_(late, tap)
-            torch.mul(late, x[:, :-lag], out=product[:, lag:])
-            product[:, :lag].zero_()
-            dweight[taps - 1 - lag : taps - lag].addmm_(ones, product.view(-1, channels))
+            dweight[taps - 1 - lag] += (late * x[:, :-lag]).sum((0, 1))
         early = dy[:, :n] if segment is None else dy[:, :n] * _begun(segment, n, x.dtype)
         dwindow[:, taps - 1 - lag :][:, :n].addcmul_(early, tap)
         dweight[taps - 1 - lag] += (early * window[:, taps - 1 - lag :][:, :n]).sum((0, 1))
@@ -129,10 +124,19 @@ def next_window(
     return out
 
 
-def conv_step(x_t: Tensor, weight: Tensor, bias: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
-    """One step: x_t (B, C), window (B, K−1, C) → y_t (B, C) and the next window."""
+def conv_step(
+    x_t: Tensor, weight: Tensor, bias: Tensor, window: Tensor, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One step: x_t (B, C), window (B, K−1, C) → y_t (B, C) and the next window.
+
+    ``inplace`` writes the next window over ``window``; without gradients only.
+    """
     w = weight.t().contiguous()
     y = torch.addcmul(bias, x_t, w[-1])
     for past, tap in zip(window.unbind(1), w[:-1], strict=True):
         y = torch.addcmul(y, past, tap)
-    return y, torch.cat([window[:, 1:], x_t.unsqueeze(1)], 1)
+    if not inplace or torch.is_grad_enabled():
+        return y, torch.cat([window[:, 1:], x_t.unsqueeze(1)], 1)
+    for slot, after in zip(window.unbind(1), (*window.unbind(1)[1:], x_t), strict=True):
+        slot.copy_(after)
+    return y, window

@@ -63,15 +63,15 @@ class MambaMixer(nn.Module):
         out = self.out_proj((y * F.silu(z)).to(z.dtype))
         return out, {"conv": next_window(raw, window, lengths, segment), "ssm": ssm}
 
-    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """u_t (B, d_model) → (B, d_model)."""
+    def step(self, u_t: Tensor, state: State, inplace: bool = False) -> tuple[Tensor, State]:
+        """u_t (B, d_model) → (B, d_model); ``inplace`` as in :meth:`recur.models.residual.Stack.step`."""
         raw, z = self.in_proj(u_t).chunk(2, -1)
         wide = torch.promote_types(raw.dtype, torch.float32)
-        x, window = conv_step(raw.to(wide), *self._taps(wide), state["conv"].to(wide))
+        x, window = conv_step(raw.to(wide), *self._taps(wide), state["conv"].to(wide), inplace)
         x = F.silu(x)
         dt, B, C = self._select(x)
         A = -torch.exp(self.A_log.to(wide))
-        y, ssm = selective_step(x, dt, A, B, C, self.D.to(wide), state["ssm"].to(wide))
+        y, ssm = selective_step(x, dt, A, B, C, self.D.to(wide), state["ssm"].to(wide), inplace)
         return self.out_proj((y * F.silu(z)).to(z.dtype)), {"conv": window, "ssm": ssm}
 
     def _taps(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -132,14 +132,14 @@ class Mamba2Mixer(nn.Module):
             normed = self.norm(y.flatten(2), z).to(raw.dtype)
         return self.out_proj(normed), {"conv": next_window(xbc, window, lengths, segment), "ssm": ssm}
 
-    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """u_t (B, d_model) → (B, d_model)."""
+    def step(self, u_t: Tensor, state: State, inplace: bool = False) -> tuple[Tensor, State]:
+        """u_t (B, d_model) → (B, d_model); ``inplace`` as in :meth:`recur.models.residual.Stack.step`."""
         s = self.shape
         raw = self.in_proj(u_t)
         wide = torch.promote_types(raw.dtype, torch.float32)
         z, xbc, dt = torch.split(raw.to(wide), [s.inner, s.conv, len(self.D)], -1)
         weight = self.conv1d.weight.squeeze(1).to(wide)
-        xbc, window = conv_step(xbc, weight, self._conv_bias().to(wide), state["conv"].to(wide))
+        xbc, window = conv_step(xbc, weight, self._conv_bias().to(wide), state["conv"].to(wide), inplace)
         x, B, C = torch.split(F.silu(xbc), [s.inner, s.groups * s.state, s.groups * s.state], -1)
         y, ssm = ssd_step(
             torch.unflatten(x, -1, (-1, s.head)),
@@ -149,6 +149,7 @@ class Mamba2Mixer(nn.Module):
             torch.unflatten(C, -1, (s.groups, -1)),
             self.D.to(wide),
             state["ssm"].to(wide),
+            inplace,
         )
         normed = self.norm(y.flatten(1), z).to(raw.dtype)
         return self.out_proj(normed), {"conv": window, "ssm": ssm}

@@ -42,7 +42,7 @@ class FeedForward(nn.Module):
     ) -> tuple[Tensor, State]:
         return self.out_proj(F.relu(self.up(u)).square()), {}
 
-    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, u_t: Tensor, state: State, inplace: bool = False) -> tuple[Tensor, State]:
         return self(u_t, state)  # type: ignore[no-any-return]
 
 
@@ -130,11 +130,16 @@ class Stack(nn.Module):
             out |= {f"{i}.{name}": v for name, v in part.items()}
         return packed.scatter(self.norm(x)), out
 
-    def step(self, u_t: Tensor, state: State, steps: Steps | None = None) -> tuple[Tensor, State]:
+    def step(
+        self, u_t: Tensor, state: State, steps: Steps | None = None, inplace: bool = False
+    ) -> tuple[Tensor, State]:
+        """``inplace`` lets the next state take the memory of ``state``, which is then not to be used again: half the
+        memory traffic for many series. Only without gradients, and where no step is marked as missing."""
+        inplace = inplace and (steps is None or steps.valid is None)
         before = restart(steps, state, self.init_state(u_t.shape[0])) if steps is not None else state
         x, out = self.in_proj(u_t), State()
         for i, (norm, mixer) in enumerate(zip(self.norms, self._mixers(), strict=True)):
-            y, part = mixer.step(norm(x), self._of(i, before))
+            y, part = mixer.step(norm(x), self._of(i, before), inplace)
             x = x + self.dropout(y)
             out |= {f"{i}.{name}": v for name, v in part.items()}
         return keep_invalid(steps, self.norm(x), out, before)

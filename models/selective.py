@@ -134,9 +134,21 @@ def selective_scan(
 
 
 def selective_step(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One step: x, dt (b, D), B, C (b, N), state (b, N, D) → y (b, D) and the next state."""
-    state = state * (dt.unsqueeze(1) * A.t()).exp() + B.unsqueeze(2) * (dt * x).unsqueeze(1)
+    """One step: x, dt (b, D), B, C (b, N), state (b, N, D) → y (b, D) and the next state.
+
+    ``inplace`` writes the next state over ``state``; without gradients only.
+    """
+    decay = (dt.unsqueeze(1) * A.t()).exp()
+    kept = state.mul_(decay) if inplace and not torch.is_grad_enabled() else state * decay
+    state = kept.addcmul_(B.unsqueeze(2), (dt * x).unsqueeze(1))
     y = torch.matmul(C.unsqueeze(1), state).squeeze(1)
     return torch.addcmul(y, x, D), state

@@ -77,7 +77,7 @@ def scan_tile_backward(
     """One tile backward: writes dx, dB and dC ``to`` their places, → d(dt), dA (g, h), dD (g, h), d(state)."""
     backward = scaled_backward if scaled else exact_backward
     ddt, da, dstate = backward(dy, dend, x, dt, B, C, saved, marks, to)
-    dyx = (dy * x).sum(-1)
+    dyx = torch.linalg.vecdot(dy, x)
     to[0].addcmul_(dy, direct(saved.own, dt, D))
     ddt = ddt + dyx * saved.own.unsqueeze(-1) + da * A.view(dt.shape[3:])
     dA = (da * dt).sum((0, 1, 2)).to(dt.dtype)
@@ -196,24 +196,33 @@ STEP_ROWS = 64
 
 
 def ssd_step(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One step: x (b, H, P), dt (b, H), B, C (b, G, N), state (b, G, N, H/G·P) → y (b, H, P), next state."""
+    """One step: x (b, H, P), dt (b, H), B, C (b, G, N), state (b, G, N, H/G·P) → y (b, H, P), next state.
+
+    ``inplace`` writes the next state over ``state``; without gradients only.
+    """
     b, h, p = x.shape
     g, n = B.shape[1:]
     decay = (dt * A).exp().unsqueeze(-1).expand(b, h, p).reshape(b * g, 1, -1)
     into = (x * dt.unsqueeze(-1)).view(b * g, 1, -1)
     before, Bs, Cs = state.reshape(b * g, n, -1), B.reshape(b * g, n, 1), C.reshape(b * g, 1, n)
-    if (
-        b <= STEP_ROWS
-        or state.device.type != "cpu"
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-    ):
+    small = b <= STEP_ROWS or state.device.type != "cpu" or torch.compiler.is_compiling()
+    if torch.is_grad_enabled() or (small and not inplace):
         after = (before * decay).addcmul_(Bs, into)
         y = torch.bmm(Cs, after)
+    elif small:
+        after = before.mul_(decay).addcmul_(Bs, into)
+        y = torch.bmm(Cs, after)
     else:
-        after, y = torch.empty_like(before), torch.empty_like(into)
+        after, y = before if inplace else torch.empty_like(before), torch.empty_like(into)
         parts = (torch.split(t, STEP_ROWS) for t in (before, decay, Bs, into, Cs, after, y))
         for old, factor, b_t, x_t, c_t, new, out in zip(*parts, strict=True):
             torch.mul(old, factor, out=new).addcmul_(b_t, x_t)

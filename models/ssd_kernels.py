@@ -250,9 +250,8 @@ def scaled_backward(
         torch.mul(dnew[:, :, :-1], saved.states[:, :, 1:], out=into[:, :, 1:]), dend, saved.end, h
     )
     leaving[:, :-1] /= step[:, 1:]
-    spare = xs
-    r = torch.mul(dx, x, out=spare).sum(-1).double()
-    dcum = torch.mul(dy, saved.past, out=spare).sum(-1).double() - r * v
+    r = torch.linalg.vecdot(dx, x).double()
+    dcum = torch.linalg.vecdot(dy, saved.past).double() - r * v
     dcum[:, :, -1] += leaving
     dx.mul_(v.unsqueeze(-1))
     return r * grow, _log_decay_gradient(dcum), dstate
@@ -320,9 +319,8 @@ def exact_backward(
         left = (saved.states[i], dnew[i], marks, _flat(dB, i), _flat(dC, i))
         _products(dscores, _flat(dyu, i), _flat(xw, i), Bi, Ci, *left)
     products = torch.mul(dnew[:, :, :-1], saved.states[:, :, 1:], out=into[:, :, 1:])
-    spare = xw
-    r = torch.mul(dx, x, out=spare).sum(-1).double()
-    dcum = torch.mul(dy, saved.past, out=spare).sum(-1).double() - r * dt
+    r = torch.linalg.vecdot(dx, x).double()
+    dcum = torch.linalg.vecdot(dy, saved.past).double() - r * dt
     dcum[:, :, -1] += _leaving(products, dend, saved.end, h)
     dx.mul_(dt.unsqueeze(-1))
     return r, _log_decay_gradient(dcum), dstate

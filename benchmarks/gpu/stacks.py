@@ -156,11 +156,11 @@ def decode_rate(model: Stack, batch: int, context: int, steps: int) -> float:
     with torch.inference_mode():
         state = full_state(model, batch, context)
         for _ in range(3):
-            _, state = model.step(u, state)
+            _, state = model.step(u, state, inplace=True)
         wait()
         start = time.perf_counter()
         for _ in range(steps):
-            _, state = model.step(u, state)
+            _, state = model.step(u, state, inplace=True)
         wait()
     return batch * steps / (time.perf_counter() - start)
 
