@@ -1,7 +1,7 @@
 """A trained sentiment model: opening it, scoring texts, judging it on labelled files.
 
-A run of kind ``sentiment`` holds ``model.safetensors`` (classifier and language model), ``tokenizer.json``,
-``sentiment.json`` (sizes, plan, temperature) and ``training_texts.txt`` (a fingerprint of every text it learned from).
+A run of kind ``sentiment`` holds ``model.safetensors`` (classifier, language model, n-grams), ``tokenizer.json``,
+``sentiment.json`` (sizes, plan, blend) and ``training_texts.txt`` (a fingerprint of every text it learned from).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,7 +20,9 @@ from torch import Tensor
 from recur.models.text.classifier import TextClassifier
 from recur.models.text.encoder import Encoder, EncoderSpec, load_weights
 from recur.models.text.language import LanguageModel
+from recur.models.text.ngrams import NGrams
 from recur.pipeline.labelled import CLASSES, Texts, read_labelled
+from recur.pipeline.sentiment_blend import Blend, ngram_logits
 from recur.pipeline.sentiment_fit import FloatArray, logits_of
 from recur.pipeline.sentiment_metrics import evaluate
 from recur.pipeline.text import TextCodec, fingerprint
@@ -39,18 +40,20 @@ class SentimentModel:
     net: TextClassifier
     language: LanguageModel
     codec: TextCodec
-    temperature: float
+    ngrams: NGrams
+    blend: Blend
     seen: frozenset[str]
     window: tuple[int, int] | None
 
 
-def save_model(folder: RunFolder, net: TextClassifier, language: LanguageModel) -> None:
-    """Write the weights: the classifier's under ``classifier.``, the language model's under ``language.``.
+def save_model(folder: RunFolder, net: TextClassifier, language: LanguageModel, ngrams: NGrams) -> None:
+    """Write the weights: the classifier's under ``classifier.``, the language model's under ``language.``, and ``ngrams.``.
 
     After fine-tuning the two have different encoders; both are kept.
     """
     tensors: dict[str, Tensor] = {f"classifier.{k}": v.contiguous() for k, v in net.state_dict().items()}
     tensors |= {f"language.{k}": v.contiguous().clone() for k, v in language.state_dict().items()}
+    tensors |= {f"ngrams.{k}": v.contiguous() for k, v in ngrams.state_dict().items()}
     beside = folder.path / ".model.tmp"
     save_file(tensors, beside)
     beside.replace(folder.weights)
@@ -78,17 +81,19 @@ def open_sentiment(home: Path, run_id: str | None = None) -> SentimentModel:
         tensors = load_file(folder.weights)
         load_weights(net, tensors, "classifier.")
         load_weights(language, tensors, "language.")
+        ngrams = NGrams(len(CLASSES))
+        load_weights(ngrams, tensors, "ngrams.")
         codec = TextCodec.from_json((folder.path / "tokenizer.json").read_text("utf-8"))
         if codec.size != sizes.vocabulary:
             raise ValueError(f"the vocabulary has {codec.size} tokens, the network {sizes.vocabulary}")
         seen = frozenset((folder.path / "training_texts.txt").read_text("utf-8").split())
-        window, temperature = manifest["training_window"], float(spec["temperature"])
+        window, blend = manifest["training_window"], Blend(**spec["blend"])
         span = (parse_time(window["since"]), parse_time(window["until"])) if window["since"] else None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DataMissing(
             f"Run {name} cannot be loaded: {_first_line(error)}.", "Train again with 'recur train sentiment'."
         ) from error
-    return SentimentModel(name, net.eval(), language.eval(), codec, temperature, seen, span)
+    return SentimentModel(name, net.eval(), language.eval(), codec, ngrams, blend, seen, span)
 
 
 def _first_line(error: Exception) -> str:
@@ -108,8 +113,12 @@ def score_texts(model: SentimentModel, texts: Sequence[str]) -> FloatArray:
     A text longer than ``CHUNK`` tokens is read in chunks with the state carried, none is cut. Raises UsageError for a
     text of more than a megabyte.
     """
-    logits = logits_of(model.net, model.codec.encode(texts)) / model.temperature
-    return torch.from_numpy(logits).softmax(1).numpy()
+    return score_tokens(model, model.codec.encode(texts))
+
+
+def score_tokens(model: SentimentModel, tokens: Sequence[Sequence[int]]) -> FloatArray:
+    """As :func:`score_texts`, of texts as token numbers."""
+    return model.blend(logits_of(model.net, tokens), ngram_logits(model.ngrams, tokens))
 
 
 def contaminated(

@@ -35,11 +35,11 @@ def bf16_pays() -> bool:
 class LanguagePlan:
     """How to pretrain: ``epochs`` passes over the corpus, ``streams`` side by side, ``stretch`` tokens a step."""
 
-    epochs: int = 5
+    epochs: int = 10
     streams: int = 48
     stretch: int = 32
     lr: float = 6e-3
-    drops: Drops = field(default_factory=lambda: Drops(0.02, 0.05, 0.1, 0.1, 0.1))
+    drops: Drops = field(default_factory=lambda: Drops(0.03, 0.075, 0.15, 0.15, 0.15))
     others: int = 300
     clip: float = 1.0
     seed: int = 0

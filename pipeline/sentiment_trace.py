@@ -1,8 +1,8 @@
 """What a sentiment model reads in a text, token by token.
 
-After each token: what the classifier would say if the text ended there, and which tokens the language model expects
-next. The reading uses the whole network (both directions over the part read so far), so that the last row is the
-score of the text; the expectation uses the forward recurrence alone.
+After each token: what the model would say if the text ended there, and which tokens the language model expects
+next. The reading is the whole model's (both directions over the part read so far, and its n-grams), so that the last row
+is the score of the text; the expectation uses the forward recurrence alone.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import torch
 
 from recur.models.text.classifier import CHUNK
 from recur.pipeline.labelled import CLASSES
-from recur.pipeline.sentiment import SentimentModel
-from recur.pipeline.sentiment_fit import logits_of
+from recur.pipeline.sentiment import SentimentModel, score_tokens
 from recur.vocabulary import UsageError
 
 TOP = 5
@@ -32,7 +31,7 @@ def trace(model: SentimentModel, text: str, top: int = TOP) -> list[dict[str, An
             f"The text has {len(tokens)} tokens: expected 1 to {CHUNK}.", "Trace one sentence or headline."
         )
     so_far = [tokens[: k + 1] for k in range(len(tokens))]
-    chances = torch.from_numpy(logits_of(model.net, so_far) / model.temperature).softmax(1)
+    chances = score_tokens(model, so_far)
     with torch.inference_mode():
         hidden, _ = model.language.hidden(torch.tensor([tokens]), False, None)
         likely = model.language.logits(hidden[0], False).softmax(1).topk(min(top, model.codec.size))

@@ -3,8 +3,8 @@
 1. Vocabulary and language model from the unlabelled files (``--pretrain``) and the labelled training part.
 2. A few more passes of the language model over the texts of the training part.
 3. Fine-tuning on its labels: a scout finds by the validation part (the file's own, else a tenth of the training part)
-   how long to learn and the temperature of the probabilities; then several networks learn from different seeds, from
-   the tenth too, and their weights are averaged.
+   how long to learn and how to mix its probabilities with those of n-grams; then several networks learn from different
+   seeds, from the tenth too, and their weights are averaged.
 
 With ``--from`` an earlier run takes the place of 1: the words of the new texts that its vocabulary would break into
 pieces become tokens, and 2 and 3 go on from its classifier.
@@ -31,14 +31,16 @@ from torch import Tensor
 from recur.models.text.classifier import TextClassifier
 from recur.models.text.encoder import Encoder, EncoderSpec, load_weights
 from recur.models.text.language import LanguageModel, grown, grown_classifier
+from recur.models.text.ngrams import NGrams
 from recur.pipeline.artefact import environment
 from recur.pipeline.config import Config
 from recur.pipeline.labelled import Texts, read_labelled, read_texts, stratified
 from recur.pipeline.market_labels import MarketTexts, against_majority
 from recur.pipeline.sentiment import KIND, evaluate_texts, open_sentiment, save_model, score_texts, sha256_of
+from recur.pipeline.sentiment_blend import Blend, fit_blend, fit_ngrams, ngram_logits
 from recur.pipeline.sentiment_fit import FinePlan, FloatArray, early_stopped, fine_tune, logits_of
 from recur.pipeline.sentiment_language import LanguagePlan, Progress, bf16_pays, pretrain
-from recur.pipeline.sentiment_metrics import evaluate, fit_temperature
+from recur.pipeline.sentiment_metrics import evaluate
 from recur.pipeline.sentiment_run import begin, describe, write_curves
 from recur.pipeline.text import TextCodec, normalise
 from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id
@@ -53,8 +55,8 @@ class SentimentPlan:
     """Sizes and stages of a training, as recorded in ``sentiment.json``."""
 
     vocabulary: int = 6000
-    width: int = 192
-    hidden: int = 192
+    width: int = 256
+    hidden: int = 256
     layers: int = 1
     language: LanguagePlan = field(default_factory=LanguagePlan)
     adapt: LanguagePlan = field(default_factory=lambda: LanguagePlan(epochs=3, streams=24, lr=2e-3))
@@ -131,13 +133,14 @@ def fine_tuned(
     plan: SentimentPlan,
     say: Say,
     curves: dict[str, list[float]],
-) -> tuple[float, FloatArray]:
-    """Step 3: trains ``net`` in place; returns the temperature and the scout's probabilities of the validation part.
+) -> tuple[NGrams, Blend, FloatArray]:
+    """Step 3: trains ``net`` in place and n-grams beside it; returns these, how the two are mixed, and the scout's
+    probabilities of the validation part.
 
-    The scout learns from the training part alone; the validation part chooses its epoch and its temperature. Then
+    The scout learns from the training part alone; the validation part chooses its epoch and how it is mixed. Then
     ``plan.members`` networks learn as long from the same start, from the validation part too where that was drawn from
     the training part, and the weights are their mean (Wortsman et al. 2022, arXiv:2203.05482): most of what an ensemble
-    gains, at the price of one network. ``texts`` are the tokens of the training part; ``curves`` gets the scout's validation loss.
+    gains, at the price of one network; the n-grams learn from the same texts. ``texts`` are the tokens of the training part; ``curves`` gets the scout's validation loss.
     """
     labels = parts.train.label
     check = (codec.encode(parts.validation.text), parts.validation.label)
@@ -149,7 +152,8 @@ def fine_tuned(
     net.encoder.halve(False)
     logits = logits_of(net, check[0])
     read = np.asarray(np.isfinite(logits).all(axis=1))
-    temperature = fit_temperature(logits[read], check[1][read])
+    aside = ngram_logits(fit_ngrams(texts, labels, net.out.out_features), check[0])
+    blend = fit_blend(logits[read], aside[read], check[1][read])
     if parts.drawn:
         texts, labels = [*texts, *check[0]], np.concatenate([labels, check[1]])
     enough = int(np.argmin(curve)) + 1
@@ -167,7 +171,7 @@ def fine_tuned(
             mean[name] += value / plan.members
     net.load_state_dict(mean)
     net.encoder.halve(False)
-    return temperature, torch.from_numpy(logits / temperature).softmax(1).numpy()
+    return fit_ngrams(texts, labels, net.out.out_features), blend, blend(logits, aside)
 
 
 def train_sentiment(
@@ -255,13 +259,13 @@ def train_sentiment(
     curves: dict[str, list[float]] = (
         {} if parent else {"language_loss": folder.read_json("language.json")["losses"]}
     )
-    temperature, scouted = fine_tuned(net, codec, tokens, parts, plan, say, curves)
+    ngrams, blend, scouted = fine_tuned(net, codec, tokens, parts, plan, say, curves)
     write_curves(folder, curves)
-    save_model(folder, net, language)
+    save_model(folder, net, language, ngrams)
     folder.write_text("tokenizer.json", codec.to_json())
     describe(folder, codec)
     folder.write_text("training_texts.txt", "\n".join(seen) + "\n")
-    spec = {"encoder": language.encoder.spec.as_dict(), "temperature": temperature, "plan": asdict(plan)}
+    spec = {"encoder": language.encoder.spec.as_dict(), "blend": asdict(blend), "plan": asdict(plan)}
     folder.write_json("sentiment.json", spec)
     manifest |= {
         "status": COMPLETE,
