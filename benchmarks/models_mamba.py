@@ -228,6 +228,49 @@ def memory(length: int, rounds: int) -> Results:
     return {"mib": taken, "best_public_over_ours": ratio}
 
 
+_STOCK = """
+import sys; sys.path.insert(0, {here!r})
+import torch, models_mamba as m
+if {keep}: m.keep_freed_memory()
+u, dy = (torch.randn(m.BATCH, {length}, m.WIDTH, requires_grad=r) for r in (True, False))
+module, run = m._layers()[{name!r}]
+print(m.interleaved({{"": m._train(module, run, u, dy)}}, 5)[""])
+"""
+
+
+def against_stock(length: int, rounds: int) -> Results:
+    """One training step as a user meets it: ours with freed memory kept, as our training does, the public ones with the
+    allocator as it is; a process each, in turns."""
+    names = [n for n in _layers() if n.startswith(("recur Mamba-2", "paper", "transformers"))]
+    taken: dict[str, list[float]] = {n: [] for n in names}
+    for _ in range(rounds):
+        for name in names:
+            code = _STOCK.format(
+                here=os.path.dirname(os.path.abspath(__file__)),
+                name=name,
+                length=length,
+                keep=name.startswith("recur"),
+            )
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+            taken[name].append(float(done.stdout.strip().splitlines()[-1]))
+    seconds = {n: statistics.median(v) for n, v in taken.items()}
+    ratio = _ratio(seconds, "recur Mamba-2", ("paper", "transformers"))
+    show(
+        f"The same in processes of their own, the public ones with the allocator as it is, L {length}",
+        ("", "ms", "time / ours", "goal"),
+        [
+            (
+                k,
+                f"{1000 * s:.1f}",
+                f"{s / seconds['recur Mamba-2']:.2f}",
+                goal(round(ratio, 2), 4.0) if k == "recur Mamba-2" else "",
+            )
+            for k, s in seconds.items()
+        ],
+    )
+    return {"seconds": seconds, "best_public_over_ours": ratio}
+
+
 def stepping(symbols: int, rounds: int) -> Results:
     """One bar of every symbol with the state carried, without gradients."""
     layers = _layers()
@@ -364,6 +407,7 @@ def measure(quick: bool) -> Results:
     out: Results = {"threads": torch.get_num_threads()}
     out["train_256"] = train_step(256, rounds)
     out["train_1024"] = train_step(1024, 2 if quick else 5)
+    out["stock_1024"] = against_stock(1024, 1 if quick else 3)
     out["core_256"] = core(256, rounds)
     out["core_1024"] = core(1024, 2 if quick else 5)
     out["memory_256"] = memory(256, 1 if quick else 3)

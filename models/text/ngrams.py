@@ -93,7 +93,7 @@ class NGrams(nn.Module):
             torch.autograd.backward(total)
             return total
 
-        search.step(loss)
+        search.step(loss)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self.weight.zero_()
             self.weight[known] = matrix.to(self.weight.dtype)
