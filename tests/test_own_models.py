@@ -96,6 +96,7 @@ def test_a_model_of_the_users_own_is_found_by_its_file_and_class(leaky: str) -> 
         ("self.d_out)}", "self.d_out + 1)}", "failed: RuntimeError"),
         ('return {"h": self', 'return {"g": self', "failed: KeyError: 'h'"),
         ("torch.tanh(self.w(u_t))", "torch.tan(undefined)", "NameError: name 'undefined' is not defined (line 23)"),
+        ("self.d_out = d_in, d_out", "self.d_out = d_in, 8", "d_out=16, layers=2, dropout=0) failed: RuntimeError"),
         ("class Leaky", "class Leeky", "has no class 'Leaky': found Leeky. Did you mean 'Leeky'?"),
         ("import torch\n", "import torhc\n", "cannot be run: ModuleNotFoundError: No module named 'torhc' (line 3)"),
         ("def init_state", "def init_state(", "cannot be run: SyntaxError"),
