@@ -115,7 +115,11 @@ def _check_unchanged(model: SequenceModel, u: Tensor) -> None:
     """Whoever holds a state may go on from it twice: a model must not write into the one that it is given."""
     _, state = model(u)
     before = {name: part.clone() for name, part in state.items()}
-    for source, run in (("forward", lambda: model(u, state)), ("step", lambda: model.step(u[:, 0], state))):
+    runs: dict[str, Callable[[], object]] = {
+        "forward": lambda: model(u, state),
+        "step": lambda: model.step(u[:, 0], state),
+    }
+    for source, run in runs.items():
         run()
         if set(state) != set(before) or not all(
             torch.equal(part.nan_to_num(), before[name].nan_to_num()) for name, part in state.items()

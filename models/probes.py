@@ -126,7 +126,7 @@ def gates(model: SequenceModel, u: Tensor, state: State | None = None) -> list[G
         per_step = []
         for u_t in u.unbind(1):
             _, state = model.step(u_t, state)
-            per_step.append([torch.atleast_1d(found) for found in seen.take()])
+            per_step.append([found if found.ndim else found[None] for found in seen.take()])
     if len({tuple(found.shape for found in step) for step in per_step}) > 1:
         return []
     out = []
