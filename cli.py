@@ -147,6 +147,9 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader has gone, as in `recur status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except SystemExit as error:  # of code that is not ours, such as a user's own model
+        _fail(state, error, 1, f"The command was ended by SystemExit({error.code!r}).", "-vv shows where.")
+        return 1
     except Exception as error:  # noqa: BLE001 - the last resort: one line instead of a traceback
         return _unexpected(state, error)
 
@@ -894,6 +897,7 @@ def schedule_install(
         raise RecurError(error.message, f"{error.hint} {paste}") from None
     (home / "logs").mkdir(parents=True, exist_ok=True)
     schedule.write_crontab(schedule.install(before, line))
+    schedule.warn_of_consent(home)
     state.result({"installed": True, "line": line}, lambda: print(line))
 
 

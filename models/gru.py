@@ -27,7 +27,7 @@ from recur.models.gru_kernel import reset_after, reset_before
 from recur.models.interface import State, Steps
 from recur.models.rows import RowLayer, after, cut, has_marks
 from recur.models.stack import Stack
-from recur.models.steps import keep_invalid, restart
+from recur.models.steps import keep_invalid, nothing, restart
 
 
 class GRU(nn.Module):
@@ -63,6 +63,8 @@ class GRU(nn.Module):
     def forward(
         self, u: Tensor, state: State | None = None, steps: Steps | None = None
     ) -> tuple[Tensor, State]:
+        if not u.shape[1]:
+            return nothing(self, u, state)
         fresh = self.init_state(u.shape[0])
         state = fresh if state is None else state
         if steps is None or not has_marks(steps):

@@ -19,7 +19,7 @@ from recur.models.registry import Core, Make
 from recur.vocabulary import UsageError, did_you_mean
 
 TOLERANCE = 1e-9
-_WIDTHS = ((5, 8, 1), (3, 8, 2))  # d_in, d_out, layers
+_WIDTHS = ((5, 8, 1), (3, 16, 2))  # d_in, d_out, layers; two widths, since one may be written into the class
 
 
 def source_sha256(source: bytes) -> str:
@@ -49,7 +49,7 @@ def own_core(source: bytes, name: str, path: str) -> Core:
             report = check_parity(lambda a=d_in, b=d_out, c=layers: make(a, b, c, 0.0), TOLERANCE)  # type: ignore[misc]
         except ParityError as error:
             raise UsageError(f"{where} does not satisfy the interface: {error.message}", _HINT) from error
-        except Exception as error:  # whatever a stranger's code raises
+        except (Exception, SystemExit) as error:  # whatever a stranger's code raises
             raise UsageError(f"{where} failed: {_where(error, path)}", _HINT) from error
         if not report.passed:
             raise UsageError(
@@ -68,13 +68,15 @@ def _run(source: bytes, path: str) -> types.ModuleType:
     sys.modules[module.__name__] = module  # dataclasses and torch look their module up there
     try:
         exec(compile(source, path, "exec"), module.__dict__)  # noqa: S102 (the user asked for it)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"The model file {path} cannot be run: {_where(error, path)}", _HINT) from error
     return module
 
 
-def _where(error: Exception, path: str) -> str:
+def _where(error: BaseException, path: str) -> str:
     """``TypeError: … (line 12)``: the innermost line of the user's own file."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-    return f"{type(error).__name__}: {error}" + ("" if line is None else f" (line {line})")
+    line, what = lines[-1] if lines else None, str(error)
+    if isinstance(error, SyntaxError):
+        line, what = error.lineno, error.msg
+    return f"{type(error).__name__}: {what}" + ("" if line is None else f" (line {line})")

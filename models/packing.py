@@ -24,16 +24,23 @@ class Packed:
     lengths: Tensor | None = None
     segment: Tensor | None = None
 
+    def _live(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, 1): whether a packed step of x (B, T, F) is a valid one."""
+        return (torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)).unsqueeze(-1)
+
     def gather(self, u: Tensor) -> Tensor:
-        """(B, T, F): valid steps first."""
-        return u if self.order is None else u.gather(1, self.order.unsqueeze(-1).expand_as(u))
+        """(B, T, F): valid steps first, then 0: what stands at the others may be anything, NaN too."""
+        if self.order is None or self.lengths is None:
+            return u
+        packed = u.gather(1, self.order.unsqueeze(-1).expand_as(u))
+        return torch.where(self._live(u, self.lengths), packed, torch.zeros_like(packed))
 
     def scatter(self, y: Tensor) -> Tensor:
         """The inverse, with 0 at the steps that are not valid."""
         if self.order is None or self.lengths is None:
             return y
-        live = torch.arange(y.shape[1], device=y.device) < self.lengths.unsqueeze(1)
-        return torch.zeros_like(y).scatter(1, self.order.unsqueeze(-1).expand_as(y), y * live.unsqueeze(-1))
+        live = self._live(y, self.lengths)
+        return torch.zeros_like(y).scatter(1, self.order.unsqueeze(-1).expand_as(y), y * live)
 
 
 def pack(steps: Steps | None) -> Packed:

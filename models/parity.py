@@ -1,12 +1,13 @@
 """The proof that every model must give: its ways of running agree, in float64.
 
-Whole sequence, step by step, in any pieces with the state carried, restarted in the middle, and over missing bars:
-five ways to compute the same numbers. The check draws its weights and inputs from a seed of its own and leaves the
+Whole sequence, step by step, in any pieces with the state carried, restarted in the middle, over missing bars, and
+with bars that took their own times: six ways to compute the same numbers. The check draws its weights and inputs from a seed of its own and leaves the
 global generator as it was.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -17,6 +18,7 @@ from recur.models.interface import SequenceModel, State, Steps
 from recur.vocabulary import RecurError
 
 BATCH = 3
+CUTS = (1, 16, 17, 40)  # where a sequence is cut into uneven pieces
 
 
 class ParityError(RecurError):
@@ -35,14 +37,17 @@ class ParityReport:
     """A reset in the middle against two separate sequences, by ``forward`` and by ``step``."""
     missing: float
     """Steps that are not valid against the same sequence without them, by ``forward`` and by ``step``."""
+    elapsed: float
+    """``step`` and uneven pieces against the whole where every step is told another elapsed time."""
     tolerance: float
 
     @property
     def passed(self) -> bool:
-        return max(self.steps, self.pieces, self.reset, self.missing) <= self.tolerance  # False for NaN
+        found = _worst(self.steps, self.pieces, self.reset, self.missing, self.elapsed)
+        return found <= self.tolerance  # False for NaN
 
     def __str__(self) -> str:
-        names = ("steps", "pieces", "reset", "missing")
+        names = ("steps", "pieces", "reset", "missing", "elapsed")
         return ", ".join(f"{name} {asdict(self)[name]:.1e}" for name in names)
 
 
@@ -66,15 +71,25 @@ def check_parity(build: Callable[[], SequenceModel], tolerance: float = 1e-9) ->
                 p.add_(0.05 * torch.randn_like(p))
             u = torch.randn(BATCH, 41, model.d_in, dtype=torch.float64)
             _check_state("init_state", model.init_state(BATCH))
-            whole = model(u)
+            whole = _check_pair("forward", model(u))
             _check_shapes(model, u, *whole)
+            _check_unchanged(model, u)
             return ParityReport(
                 steps=_far(model, _by_step(model, u, None), whole),
-                pieces=_far(model, _in_pieces(model, u, (1, 16, 17, 40)), whole),
+                pieces=_far(model, _in_pieces(model, u, None), whole),
                 reset=_reset(model, u),
                 missing=_missing(model, u),
+                elapsed=_elapsed(model, u),
                 tolerance=tolerance,
             )
+
+
+def _check_pair(source: str, result: object) -> tuple[Tensor, State]:
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Tensor):
+        raise ParityError(
+            f"{source} gave {type(result).__name__}, expected the pair of a tensor and a state."
+        )
+    return result
 
 
 def _check_state(source: str, state: State) -> None:
@@ -91,9 +106,27 @@ def _check_shapes(model: SequenceModel, u: Tensor, y: Tensor, state: State) -> N
     fresh = model.init_state(BATCH)
     if set(fresh) != set(state):
         raise ParityError(f"init_state has the parts {sorted(fresh)}, forward gave {sorted(state)}.")
-    one, _ = model.step(u[:, 0], fresh)
+    one, _ = _check_pair("step", model.step(u[:, 0], fresh))
     if one.shape != (BATCH, model.d_out):
         raise ParityError(f"step gave {tuple(one.shape)}, expected {(BATCH, model.d_out)}.")
+
+
+def _check_unchanged(model: SequenceModel, u: Tensor) -> None:
+    """Whoever holds a state may go on from it twice: a model must not write into the one that it is given."""
+    _, state = model(u)
+    before = {name: part.clone() for name, part in state.items()}
+    runs: dict[str, Callable[[], object]] = {
+        "forward": lambda: model(u, state),
+        "step": lambda: model.step(u[:, 0], state),
+    }
+    for source, run in runs.items():
+        run()
+        if set(state) != set(before) or not all(
+            torch.equal(part.nan_to_num(), before[name].nan_to_num()) for name, part in state.items()
+        ):
+            raise ParityError(
+                f"{source} changes the state that it is given: the next one must be new tensors."
+            )
 
 
 def _far(model: SequenceModel, a: tuple[Tensor, State], b: tuple[Tensor, State]) -> float:
@@ -106,6 +139,11 @@ def _far(model: SequenceModel, a: tuple[Tensor, State], b: tuple[Tensor, State])
     return float(torch.stack(gaps).max())
 
 
+def _worst(*gaps: float) -> float:
+    """The largest, NaN when one is: ``max`` would keep what it met before a NaN."""
+    return math.nan if any(math.isnan(gap) for gap in gaps) else max(gaps)
+
+
 def _by_step(model: SequenceModel, u: Tensor, marks: Steps | None) -> tuple[Tensor, State]:
     state, out = model.init_state(u.shape[0]), []
     for t in range(u.shape[1]):
@@ -114,10 +152,10 @@ def _by_step(model: SequenceModel, u: Tensor, marks: Steps | None) -> tuple[Tens
     return torch.stack(out, 1), state
 
 
-def _in_pieces(model: SequenceModel, u: Tensor, cuts: tuple[int, ...]) -> tuple[Tensor, State]:
+def _in_pieces(model: SequenceModel, u: Tensor, marks: Steps | None) -> tuple[Tensor, State]:
     state, out, low = model.init_state(u.shape[0]), [], 0
-    for high in (*cuts, u.shape[1]):
-        y, state = model(u[:, low:high], state)
+    for high in (*CUTS, u.shape[1]):
+        y, state = model(u[:, low:high], state, None if marks is None else marks.slice(low, high))
         out.append(y)
         low = high
     return torch.cat(out, 1), state
@@ -129,7 +167,7 @@ def _reset(model: SequenceModel, u: Tensor) -> float:
     first, _ = model(u[:, :at])
     second, end = model(u[:, at:])
     apart = torch.cat([first, second], 1), end
-    return max(_far(model, model(u, None, marks), apart), _far(model, _by_step(model, u, marks), apart))
+    return _worst(_far(model, model(u, None, marks), apart), _far(model, _by_step(model, u, marks), apart))
 
 
 def _missing(model: SequenceModel, u: Tensor) -> float:
@@ -142,4 +180,12 @@ def _missing(model: SequenceModel, u: Tensor) -> float:
     full[:, valid] = y
     spoiled = torch.where(valid[:, None], u, torch.full_like(u, 1e3))
     found = _far(model, model(spoiled, None, marks), (full, end))
-    return max(found, _far(model, _by_step(model, spoiled, marks), (full, end)))
+    return _worst(found, _far(model, _by_step(model, spoiled, marks), (full, end)))
+
+
+def _elapsed(model: SequenceModel, u: Tensor) -> float:
+    """Models of continuous time move with it, all others must not mind."""
+    marks = Steps(elapsed=0.25 + 3 * torch.rand(u.shape[:2], dtype=u.dtype))
+    whole = model(u, None, marks)
+    found = _far(model, _by_step(model, u, marks), whole)
+    return _worst(found, _far(model, _in_pieces(model, u, marks), whole))

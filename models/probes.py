@@ -76,6 +76,8 @@ def spectral_radius(model: SequenceModel, state: State, u_t: Tensor, iterations:
     """
     n, batch = state_size(state), u_t.shape[0]
     names = [k for k, v in state.items() if v.is_floating_point()]
+    if not n:  # nothing is carried, so nothing can stay
+        return torch.zeros(batch)
     with torch.enable_grad():
         inputs = {k: v.detach().clone().requires_grad_(k in names) for k, v in state.items()}
         _, after = model.step(u_t, dict(inputs))
@@ -115,7 +117,8 @@ def _growth(product: Callable[[Tensor], Tensor], like: Tensor, iterations: int) 
 def gates(model: SequenceModel, u: Tensor, state: State | None = None) -> list[Gate]:
     """Statistics of every sigmoid that ``step`` takes, in the order of computation, over the bars of u (B, T, F).
 
-    A sigmoid over several gates side by side counts as one gate per ``d_out`` numbers. Empty for a model without.
+    A sigmoid over several gates side by side counts as one gate per ``d_out`` numbers. Empty for a model without, and
+    for one whose steps do not all take the same sigmoids: which of them are the same gate cannot be told then.
     """
     state = model.init_state(u.shape[0]) if state is None else state
     seen = _Sigmoids()
@@ -123,7 +126,9 @@ def gates(model: SequenceModel, u: Tensor, state: State | None = None) -> list[G
         per_step = []
         for u_t in u.unbind(1):
             _, state = model.step(u_t, state)
-            per_step.append(seen.take())
+            per_step.append([found if found.ndim else found[None] for found in seen.take()])
+    if len({tuple(found.shape for found in step) for step in per_step}) > 1:
+        return []
     out = []
     for values in zip(*per_step, strict=True):
         stacked = torch.stack(values).flatten(0, -2)  # (T·B, width)

@@ -22,7 +22,7 @@ from recur.models.mamba import MambaMixer
 from recur.models.mamba2 import Mamba2Mixer
 from recur.models.norm import RMSNorm
 from recur.models.packing import pack
-from recur.models.steps import keep_invalid, restart
+from recur.models.steps import keep_invalid, nothing, restart
 from recur.vocabulary import UsageError
 
 
@@ -116,9 +116,9 @@ class Stack(nn.Module):
     def forward(
         self, u: Tensor, state: State | None = None, steps: Steps | None = None
     ) -> tuple[Tensor, State]:
-        state = self.init_state(u.shape[0]) if state is None else state
         if not u.shape[1]:
-            return u.new_zeros(u.shape[0], 0, self.d_out), state
+            return nothing(self, u, state)
+        state = self.init_state(u.shape[0]) if state is None else state
         packed, out = pack(steps), State()
         if steps is not None and steps.reset is not None and not bool(steps.reset[:, 1:].any()):
             state = restart(steps.at(0), state, self.init_state(u.shape[0]))

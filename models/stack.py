@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recur.models.interface import SequenceModel, State, Steps
+from recur.models.steps import nothing
 
 
 class Stack(nn.Module):
@@ -34,6 +35,8 @@ class Stack(nn.Module):
     def forward(
         self, u: Tensor, state: State | None = None, steps: Steps | None = None
     ) -> tuple[Tensor, State]:
+        if not u.shape[1]:
+            return nothing(self, u, state)
         after = []
         for i, cell in enumerate(self._cells()):
             u, s = cell(self.drop(u) if i else u, None if state is None else _layer(state, i), steps)

@@ -28,10 +28,17 @@ def keep_invalid(steps: Steps | None, y: Tensor, state: State, before: State) ->
     return y, {k: torch.where(_like(steps.valid, v), v, before[k]) for k, v in state.items()}
 
 
+def nothing(model: SequenceModel, u: Tensor, state: State | None) -> tuple[Tensor, State]:
+    """What a sequence without a step gives: u (B, 0, F) → y (B, 0, D), and the state as it was."""
+    return u.new_zeros(u.shape[0], 0, model.d_out), model.init_state(u.shape[0]) if state is None else state
+
+
 def scan_steps(
     model: SequenceModel, u: Tensor, state: State | None, steps: Steps | None
 ) -> tuple[Tensor, State]:
     """Run ``model`` one step after the other: u (B, T, F) → y (B, T, D) and the last state."""
+    if not u.shape[1]:
+        return nothing(model, u, state)
     state = model.init_state(u.shape[0]) if state is None else state
     out = []
     for t, u_t in enumerate(u.unbind(1)):

@@ -66,10 +66,10 @@ def inspect_run(home: Path, run_id: str, *, trust: bool = False) -> dict[str, An
         raise UsageError(f"Run {run_id} reads texts, not bars.", "Give it one: --trace TEXT.")
     spans = manifest["split"] if "split" in manifest else manifest["folds"][-1]
     inner = folder if "split" in manifest else folder.part(f"folds/{len(manifest['folds'])}")
-    if not inner.weights.exists():
+    if not inner.weights.exists() and manifest.get("parent"):
         raise DataMissing(
-            f"Run {run_id} holds no weights: it judged run {manifest.get('parent')}.",
-            f"recur inspect {manifest.get('parent')}",
+            f"Run {run_id} holds no weights: it judged run {manifest['parent']}.",
+            f"recur inspect {manifest['parent']}",
         )
     made = load_artefact(inner, trust=trust)
     series = _bars(home, folder, made, parse_time(spans["val_since"]), parse_time(spans["val_until"]))

@@ -7,13 +7,17 @@ local offset, periods above an hour are checked against UTC in the line itself, 
 
 from __future__ import annotations
 
+import logging
 import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from recur.vocabulary import INTERVALS, RecurError, UsageError
+from recur.storage.runs import RunFolder, latest_run
+from recur.vocabulary import INTERVALS, DataMissing, RecurError, UsageError
+
+_log = logging.getLogger(__name__)
 
 _MINUTE_S = 60
 _HOUR_S = 3600
@@ -67,6 +71,22 @@ def cron_line(
     log = shlex.quote(str(home / "logs" / "schedule.log"))
     command = " && ".join([*steps, f"{both} >> {log} 2>&1"])
     return f"{minutes} * * * * {command.replace('%', chr(92) + '%')} {tag(home)}"
+
+
+def warn_of_consent(home: Path) -> None:
+    """Say that the scheduled predict will be refused when the newest run is of a user's own model: running its code
+    takes a consent that the line does not give."""
+    run = latest_run(home, "train")
+    try:
+        spec = RunFolder(home, run).read_json("model.json").get("spec") if run else None
+    except DataMissing:
+        return  # predict tells what is wrong with the run
+    if isinstance(spec, dict) and spec.get("sha256"):
+        _log.warning(
+            "the newest run, %s, is of a model of its own, and the scheduled predict may not run its code: it will be"
+            " refused. Train a built-in model after it, or schedule 'recur predict --run %s --trust-model' yourself.",
+            run, run,
+        )  # fmt: skip
 
 
 def install(text: str, line: str) -> str:

@@ -135,6 +135,19 @@ def test_missing_steps_leave_no_trace_whatever_stands_there(make: Make) -> None:
 
 
 @every_model
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_sequence_without_a_step_gives_nothing_and_leaves_its_state(make: Make, marked: bool) -> None:
+    model, u = build(make), inputs(6)
+    with torch.no_grad():
+        _, state = model(u)
+        y, after = model(u[:, :0], state, marks(0) if marked else None)
+        fresh, begin = model(u[:, :0])
+    assert y.shape == fresh.shape == (BATCH, 0, D_OUT)
+    assert all(torch.equal(v, after[k]) for k, v in state.items())
+    assert all(torch.equal(v, begin[k]) for k, v in model.init_state(BATCH).items())
+
+
+@every_model
 def test_a_sequence_that_is_all_padding_keeps_its_state(make: Make) -> None:
     model, u = build(make), inputs(6)
     with torch.no_grad():

@@ -185,6 +185,7 @@ def test_foreseen_unforeseen_and_interrupting_exceptions_keep_to_the_form(
     )
     assert outcome(ZeroDivisionError("a\nb")) == (1, "recur: ZeroDivisionError: a b. -vv shows where.\n")
     assert outcome(KeyboardInterrupt()) == (130, "recur: Interrupted.\n")
+    assert outcome(SystemExit(0)) == (1, "recur: The command was ended by SystemExit(0). -vv shows where.\n")
     code, err = outcome(ZeroDivisionError("x"), "-vv")
     assert code == 1
     assert "Traceback" in err and err.endswith("recur: ZeroDivisionError: x\n")

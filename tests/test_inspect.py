@@ -125,6 +125,20 @@ def test_without_the_bars_an_inspection_says_that_data_are_missing(
     assert cli.run(["inspect", "--home", str(tmp_path / "empty")]) == 3
 
 
+def test_a_run_without_its_weights_is_to_be_trained_again(
+    home: Path, found: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = RunFolder(home, found["run_id"]).weights
+    aside = weights.rename(weights.with_suffix(".aside"))
+    try:
+        assert cli.run(["inspect", found["run_id"], "--home", str(home), "--json"]) == 3
+    finally:
+        aside.rename(weights)
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert f"The weights of run {found['run_id']} cannot be loaded: No such file" in error["message"]
+    assert error["hint"] == "Train again with 'recur train price'."
+
+
 def test_the_command_prints_tables_or_one_document_and_repeats_itself(
     home: Path, found: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

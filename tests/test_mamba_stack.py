@@ -117,6 +117,23 @@ def test_padding_changes_neither_the_outputs_before_it_nor_the_state(name: str) 
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("spoiled", [float("nan"), float("inf")])
+def test_missing_steps_leave_no_trace_whatever_stands_there(name: str, spoiled: float) -> None:
+    made, u = model(name), inputs(30)
+    there = torch.ones(30, dtype=torch.bool)
+    there[[0, 5, 6, 7, 20, 29]] = False
+    y, end = made(u[:, there])
+    full, last = made(
+        torch.where(there[:, None], u, torch.full_like(u, spoiled)), None, Steps(valid=there.expand(3, -1))
+    )
+    assert (full[:, there] - y).abs().max() < 1e-9
+    assert (full[:, ~there] == 0).all()
+    assert far(last, end) < 1e-9
+    found = torch.autograd.grad(full.square().sum(), list(made.parameters()), allow_unused=True)
+    assert all(g is None or g.isfinite().all() for g in found)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_gradients_flow_through_a_carried_state_as_through_one_pass(name: str) -> None:
     made, u = model(name), inputs(50)
     grads = []

@@ -96,9 +96,16 @@ def test_a_model_of_the_users_own_is_found_by_its_file_and_class(leaky: str) -> 
         ("self.d_out)}", "self.d_out + 1)}", "failed: RuntimeError"),
         ('return {"h": self', 'return {"g": self', "failed: KeyError: 'h'"),
         ("torch.tanh(self.w(u_t))", "torch.tan(undefined)", "NameError: name 'undefined' is not defined (line 23)"),
+        ("self.d_out = d_in, d_out", "self.d_out = d_in, 8", "d_out=16, layers=2, dropout=0) failed: RuntimeError"),
         ("class Leaky", "class Leeky", "has no class 'Leaky': found Leeky. Did you mean 'Leeky'?"),
         ("import torch\n", "import torhc\n", "cannot be run: ModuleNotFoundError: No module named 'torhc' (line 3)"),
         ("def init_state", "def init_state(", "cannot be run: SyntaxError"),
+        ("import torch\n", "raise SystemExit(0)\n", "cannot be run: SystemExit: 0 (line 3)"),
+        ("torch.tanh(self.w(u_t))", "exit(0)", "failed: SystemExit: 0 (line 23)"),
+        ("scan_steps(self, u, state, steps)", "scan_steps(self, u, state, steps)[0]", "forward gave Tensor, expected"),
+        ("return keep_invalid", "keep_invalid", "failed: TypeError: cannot unpack non-iterable NoneType object"),
+        ("return keep_invalid", "state['h'].copy_(h)\n        return keep_invalid", "changes the state that it is given"),
+        ("return scan_steps", "if state: state['h'].mul_(2)\n        return scan_steps", "forward changes the state that"),
     ],
 )  # fmt: skip
 def test_a_model_that_does_not_hold_is_refused_in_one_line(
@@ -124,6 +131,38 @@ def test_a_model_that_ignores_missing_bars_or_resets_is_found_out(tmp_path: Path
     deaf = LEAKY.replace("scan_steps(self, u, state, steps)", "scan_steps(self, u, state, None)")
     report = refusal(tmp_path, deaf)
     assert "steps 0.0e+00, pieces 0.0e+00" in report and "fails parity" in report
+
+
+NAN_AT_RESETS = """
+    def restarted(self, steps, state):
+        fresh = torch.full_like(state["h"], float("nan")) if steps else state["h"]
+        return restart(steps, state, {"h": fresh})
+"""
+
+
+def test_a_model_that_gives_no_number_in_one_comparison_only_is_refused(tmp_path: Path) -> None:
+    source = LEAKY.replace(
+        "restart(steps, state, self.init_state(u_t.shape[0]))", "self.restarted(steps, state)"
+    )
+    message = refusal(tmp_path, source + NAN_AT_RESETS)
+    assert "largest differences steps 0.0e+00, pieces 0.0e+00, reset nan" in message
+
+
+def test_a_model_of_continuous_time_must_tell_its_steps_and_its_sequences_the_same_time(
+    tmp_path: Path,
+) -> None:
+    rate = "torch.sigmoid(self.a) * (1 if steps is None or steps.elapsed is None else steps.elapsed[:, None])"
+    timed = LEAKY.replace("torch.sigmoid(self.a)", rate).replace(
+        "    def __init__", "    continuous = True\n\n    def __init__"
+    )
+    (tmp_path / "timed.py").write_text(timed)
+    assert find_core(f"{tmp_path / 'timed.py'}:Leaky").continuous
+    deaf = timed.replace(
+        "scan_steps(self, u, state, steps)",
+        "scan_steps(self, u, state, type(steps)(steps.valid, steps.reset) if steps else None)",
+    )
+    report = refusal(tmp_path, deaf)
+    assert "reset 0.0e+00, missing 1.1e-16, elapsed 1" in report and "fails parity" in report
 
 
 def test_parity_checks_leave_the_random_numbers_of_the_caller_alone() -> None:

@@ -73,6 +73,38 @@ def test_a_state_that_is_only_shifted_along_has_no_spectral_radius(n: int) -> No
     assert radius.max() < 1e-2
 
 
+class Moody(nn.Module):
+    """Carries nothing; one gate of a single number, and where the sum of the inputs is positive another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.d_in = self.d_out = 2
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def init_state(self, batch: int) -> State:
+        return {}
+
+    def forward(
+        self, u: Tensor, state: State | None = None, steps: Steps | None = None
+    ) -> tuple[Tensor, State]:
+        return scan_steps(self, u, state, steps)
+
+    def step(self, u_t: Tensor, state: State, steps: Steps | None = None) -> tuple[Tensor, State]:
+        y = torch.sigmoid(self.gate) * u_t
+        return (torch.sigmoid(y) if u_t.sum() > 0 else y), {}
+
+
+def test_a_model_without_a_state_has_radius_0() -> None:
+    assert spectral_radius(Moody(), {}, torch.randn(3, 2)).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_gate_may_be_a_single_number_and_gates_taken_now_and_then_are_left_out() -> None:
+    u = torch.ones(1, 4, 2)
+    (gate,) = gates(Moody(), -u)
+    assert (gate.width, gate.mean, gate.low, gate.high) == (1, 0.5, 0.5, 0.5)
+    assert gates(Moody(), torch.cat([u, -u], 1)) == []
+
+
 def test_the_gradient_at_a_lag_is_the_power_of_the_radius() -> None:
     model = Rotation(4, 0.9)
     found = gradient_by_lag(model, torch.randn(3, 50, 4), probes=64)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from recur.pipeline import schedule
+from recur.storage.runs import RunFolder
 from recur.vocabulary import RecurError, UsageError
 
 HOME = Path("/data/home")
@@ -125,3 +126,22 @@ def test_without_the_program_the_error_is_clear(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RecurError, match="no crontab program"):
         schedule.read_crontab()
+
+
+@pytest.mark.parametrize(("sha256", "expected"), [("ab12", 1), ("", 0), (None, 0)])
+def test_a_newest_run_that_the_schedule_may_not_open_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, sha256: str | None, expected: int
+) -> None:
+    for name, ours in (
+        ("train-gru-20250701T120000-aaaaaa", ""),
+        ("train-Mine-20250702T120000-bbbbbb", sha256),
+    ):
+        run = RunFolder(tmp_path, name)
+        run.write_json("manifest.json", {"status": "complete"})
+        if ours is not None:
+            run.write_json("model.json", {"spec": {"sha256": ours}})
+    schedule.warn_of_consent(tmp_path)
+    schedule.warn_of_consent(tmp_path / "empty")
+    assert len(caplog.messages) == expected
+    for message in caplog.messages:
+        assert "'recur predict --run train-Mine-20250702T120000-bbbbbb --trust-model'" in message
