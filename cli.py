@@ -708,7 +708,10 @@ def _latest_backtest(home: Path) -> str:
 
     run_id = latest_run(home, "backtest")
     if run_id is None:
-        raise DataMissing(f"There is no finished backtest in {home}.", "recur backtest makes one.")
+        hint = "recur backtest makes one."
+        if texts := latest_run(home, "sentiment"):
+            hint += f" {texts} is a sentiment model: 'recur sentiment --evaluate FILE' judges it."
+        raise DataMissing(f"There is no finished backtest in {home}.", hint)
     return run_id
 
 
@@ -753,7 +756,10 @@ def inspect(
 
     run = run or latest_run(state.home, "train")
     if run is None:
-        raise DataMissing(f"There is no trained run in {state.home}.", "recur train price makes one.")
+        hint = "recur train price makes one."
+        if texts := latest_run(state.home, "sentiment"):
+            hint += f" {texts} is a sentiment model: 'recur inspect --trace TEXT' reads a text with it."
+        raise DataMissing(f"There is no trained run in {state.home}.", hint)
     found = inspect_run(state.home, run, trust=trust_model)
     state.result(found, lambda: terminal.say_inspection(found))
 

@@ -1,7 +1,9 @@
 """Sentiment on public texts: the recurrent model beside a linear SVM, on the same folds.
 
 One base run is pretrained on the unlabelled texts of all files but Financial PhraseBank and every test part, and
-fine-tuned on the training parts of Twitter and the crypto headlines. Each further model starts from it (``--from``).
+fine-tuned on the training parts of Twitter and the crypto headlines. The models of PhraseBank and IMDb start from it
+(``--from``). It knows the labels of Twitter and the crypto headlines, so nothing would be left to choose by: the model of
+Twitter is pretrained on the unlabelled texts itself, and that of the crypto headlines starts from it.
 
 Steps (``--steps``, in this order, each recorded in the results file and not repeated when it is there):
 
@@ -38,6 +40,7 @@ from sklearn.svm import LinearSVC
 
 from recur.pipeline.labelled import CLASSES, Texts, read_labelled
 from recur.pipeline.sentiment import open_sentiment, score_texts
+from recur.pipeline.sentiment_fit import logits_of
 from recur.pipeline.sentiment_language import LanguagePlan
 from recur.pipeline.sentiment_metrics import evaluate
 from recur.pipeline.sentiment_train import SentimentPlan, train_sentiment
@@ -133,10 +136,12 @@ class Bench:
             self._once(f"phrasebank fold {k}", lambda rows=rows: self._fold("phrasebank", *rows))
 
     def twitter(self) -> None:
-        self._once("twitter", lambda: self._fold("twitter", *self._rows("twitter")))
+        self._once("twitter", lambda: self._fold("twitter", *self._rows("twitter"), afresh=True))
 
     def crypto(self) -> None:
-        self._once("crypto", lambda: self._fold("crypto", *self._rows("crypto")))
+        if "twitter" in self.results:
+            base = self.results["twitter"]["lstm"]["run_id"]
+            self._once("crypto", lambda: self._fold("crypto", *self._rows("crypto"), base=base))
 
     def imdb(self) -> None:
         self._once("imdb", lambda: self._fold("imdb", *self._rows("imdb")))
@@ -208,7 +213,10 @@ class Bench:
         pl.DataFrame(frame).write_parquet(path)
         return path
 
-    def _fold(self, name: str, train: np.ndarray, test: np.ndarray) -> dict[str, Any]:
+    def _fold(
+        self, name: str, train: np.ndarray, test: np.ndarray, afresh: bool = False, base: str | None = None
+    ) -> dict[str, Any]:
+        """``afresh``: pretrained on the unlabelled texts; else from ``base``, the base run if it is None."""
         texts = self.texts[name]
         one, two = texts.take(train), texts.take(test)
         start, cpu = time.monotonic(), time.process_time()
@@ -223,17 +231,21 @@ class Bench:
         found = train_sentiment(
             self.home,
             [self._file(name, one, two)],
-            [],
-            base=self.results["base"]["run_id"],
+            [self.home / "plain.parquet"] if afresh else [],
+            base=None if afresh else base or self.results["base"]["run_id"],
             plan=LONG if name == "imdb" else None,
         )
         out["lstm"] = _short(found["test"]) | {
             "run_id": found["run_id"], "wall_s": time.monotonic() - start, "cpu_s": time.process_time() - cpu,
         }  # fmt: skip
+        model = open_sentiment(self.home, found["run_id"])
+        alone = replace(model.blend, share=0.0)(*[logits_of(model.net, model.codec.encode(two.text))] * 2)
+        out["network alone"] = _short(evaluate(alone, two.label)) | {"share_of_ngrams": model.blend.share}
         if name == "phrasebank":
             sure = self.certain[test]
-            p = score_texts(open_sentiment(self.home, found["run_id"]), two.text)
+            p = score_texts(model, two.text)
             out["lstm"]["agreed"] = _short(evaluate(p[sure], two.label[sure]))
+            out["network alone"]["agreed"] = _short(evaluate(alone[sure], two.label[sure]))
             out["svm"]["agreed"] = _short(evaluate(guess[sure], two.label[sure]))
         return out
 

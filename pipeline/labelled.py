@@ -72,9 +72,15 @@ class Texts:
         return self.take([i for i, at in enumerate(ends) if at is None or at < until_ms])
 
     def window(self) -> dict[str, str | None]:
-        """Earliest and latest publication, ISO-8601; None when no text carries its time."""
+        """Earliest and latest publication, ISO-8601; None when no text carries its time.
+
+        A latest time at midnight sharp is a date: the window ends with its day.
+        """
         known = [at for at in self.published if at is not None]
-        return {"since": iso(min(known)) if known else None, "until": iso(max(known)) if known else None}
+        if not known:
+            return {"since": None, "until": None}
+        last = max(known)
+        return {"since": iso(min(known)), "until": iso(last if last % DAY_MS else last + DAY_MS - 1)}
 
 
 def read_labelled(paths: Sequence[Path]) -> Texts:

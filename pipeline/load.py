@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,20 @@ from recur.pipeline.certificate import UNEXPLAINED, holes
 from recur.pipeline.config import Config
 from recur.pipeline.dataset import RawSeries, raw_series
 from recur.pipeline.newsfeatures import Items, make_items, shuffled_within_month
+from recur.storage.runs import RunFolder
 from recur.storage.store import Store
-from recur.vocabulary import INTERVALS, DataMissing, Series, UsageError, did_you_mean, floor_open, iso
+from recur.vocabulary import (
+    INTERVALS,
+    DataMissing,
+    Series,
+    UsageError,
+    did_you_mean,
+    floor_open,
+    iso,
+    parse_time,
+)
+
+_log = logging.getLogger(__name__)
 
 
 def open_store(home: Path, config: Config) -> Store:
@@ -129,15 +142,54 @@ def stored_news(store: Store, config: Config, placebo: int | None = None) -> Ite
             f"features.news is on, and the store {store.path} holds no news.",
             "Run 'recur fetch --kinds announcements' or 'recur fetch --source NEWSFILE', or turn it off.",
         )
-    scores = store.sentiment(f.news_run) if f.news_run else None
-    if scores is not None and scores.is_empty():
-        raise DataMissing(
-            f"The store holds no scores of features.news_run = {f.news_run}.",
-            f"Run 'recur sentiment --stored --run {f.news_run}' first.",
-        )
+    scores = _usable_scores(store, items, f.news_run) if f.news_run else None
     if placebo is not None:
         items = shuffled_within_month(items, placebo)
     return make_items(items, scores, f.news_latency_s)
+
+
+def _usable_scores(store: Store, items: pl.DataFrame, run: str) -> pl.DataFrame:
+    """The scores of a sentiment run, without those that know what the price did next.
+
+    A run whose labels the market made has seen the prices up to the end of its training window: what it says of items of
+    before is no forecast. Raises DataMissing when there are no scores, or none of later.
+    """
+    scores = store.sentiment(run)
+    if scores.is_empty():
+        raise DataMissing(
+            f"The store holds no scores of features.news_run = {run}.",
+            f"Run 'recur sentiment --stored --run {run}' first.",
+        )
+    until = _prices_learned_until(store.home, run)
+    if until is None:
+        return scores
+    known = items.filter(pl.col("published_at").dt.epoch("ms") <= until)
+    later = scores.join(known, on=["news_id", "version"], how="anti")
+    if later.is_empty():
+        raise DataMissing(
+            f"All {scores.height} scores of {run} are of items up to {iso(until)}: the prices after them are its labels.",
+            f"Bring in and score news of after {iso(until)}, or name a run of human labels in features.news_run.",
+        )
+    if later.height < scores.height:
+        _log.warning(
+            "%d of %d scores of %s are left out: its labels are the prices up to %s",
+            scores.height - later.height, scores.height, run, iso(until),
+        )  # fmt: skip
+    return later
+
+
+def _prices_learned_until(home: Path, run: str) -> int | None:
+    """Until when the market labelled the texts of a sentiment run, or of one that it was begun from; None: never.
+
+    A run whose folder is gone tells nothing of its labels: it counts as one of human labels.
+    """
+    name: str | None = run
+    while name and (folder := RunFolder(home, name)).manifest.exists():
+        manifest = folder.read_manifest()
+        if isinstance(manifest.get("labels"), dict):
+            return parse_time(str(manifest["training_window"]["until"]))
+        name = manifest.get("parent")
+    return None
 
 
 def pool_series(paths: Sequence[str], config: Config, news: Items | None = None) -> list[RawSeries]:

@@ -90,6 +90,9 @@ def make_items(
         frame = frame.join(score, on=["news_id", "version"], how="left")
     else:
         frame = frame.with_columns(pl.lit(None, dtype=pl.Float64).alias("score"))
+    next_known = pl.col("known_ms").cum_min(reverse=True).shift(-1).over("news_id", order_by="version")
+    # a version that a later one has replaced before it could be used never counts
+    frame = frame.filter(next_known.is_null() | (pl.col("known_ms") < next_known))
     frame = frame.sort("known_ms", "news_id", "version").with_columns(
         pl.col("known_ms").min().over("news_id").alias("first_ms"),
         pl.col("score").shift(1).over("news_id").alias("old_score"),

@@ -52,7 +52,9 @@ def _scores(model: SentimentModel, part: pl.DataFrame, now_ms: int) -> pl.DataFr
     texts = item_texts(part)
     titles = part["title"].fill_null("").to_list()
     published = part["published_at"].dt.epoch("ms").to_list()
+    bodies = part["body"].fill_null("").to_list()
     known = np.array(contaminated(model, titles, published)) | np.array(contaminated(model, texts))
+    known |= np.array(contaminated(model, bodies))
     p = score_texts(model, texts)
     return part.select("news_id", "version").with_columns(
         pl.lit(model.run_id).alias("run_id"),

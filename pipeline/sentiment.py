@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -69,6 +70,11 @@ def open_sentiment(home: Path, run_id: str | None = None) -> SentimentModel:
     folder = open_run(home, name)
     if not name.startswith(f"{KIND}-"):
         raise DataMissing(f"Run '{name}' is no sentiment model.", "Their ids begin with 'sentiment-'.")
+    return read_model(folder)
+
+
+def read_model(folder: RunFolder) -> SentimentModel:
+    """The model in a folder, whatever the status of its run. Raises DataMissing when it is damaged."""
     try:
         spec, manifest = folder.read_json("sentiment.json"), folder.read_manifest()
         if manifest.get("weights_sha256") not in (
@@ -87,13 +93,15 @@ def open_sentiment(home: Path, run_id: str | None = None) -> SentimentModel:
         if codec.size != sizes.vocabulary:
             raise ValueError(f"the vocabulary has {codec.size} tokens, the network {sizes.vocabulary}")
         seen = frozenset((folder.path / "training_texts.txt").read_text("utf-8").split())
+        seen -= {fingerprint("")}  # nothing is learned from what cannot be read
         window, blend = manifest["training_window"], Blend(**spec["blend"])
         span = (parse_time(window["since"]), parse_time(window["until"])) if window["since"] else None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DataMissing(
-            f"Run {name} cannot be loaded: {_first_line(error)}.", "Train again with 'recur train sentiment'."
+            f"Run {folder.run_id} cannot be loaded: {_first_line(error)}.",
+            "Train again with 'recur train sentiment'.",
         ) from error
-    return SentimentModel(name, net.eval(), language.eval(), codec, ngrams, blend, seen, span)
+    return SentimentModel(folder.run_id, net.eval(), language.eval(), codec, ngrams, blend, seen, span)
 
 
 def _first_line(error: Exception) -> str:
@@ -153,10 +161,19 @@ def evaluate_texts(model: SentimentModel, texts: Texts) -> dict[str, Any]:
     """
     scores = score_texts(model, texts.text)
     known = np.array(contaminated(model, texts.text, texts.published))
-    found = evaluate(scores, texts.label) | {"run_id": model.run_id, "contaminated": int(known.sum())}
+    return evaluate(scores, texts.label) | {"run_id": model.run_id} | clean_part(scores, texts.label, known)
+
+
+def clean_part(scores: FloatArray, label: NDArray[np.int64], known: NDArray[np.bool_]) -> dict[str, Any]:
+    """``contaminated``: how many rows are ``known``; ``clean``: the metrics of the others, None when fewer than two of
+    them or only one class are left.
+    """
     left = ~known
-    judged = left.sum() > 1 and len(np.unique(texts.label[left])) > 1
-    return found | {"clean": evaluate(scores[left], texts.label[left]) if judged else None}
+    judged = left.sum() > 1 and len(np.unique(label[left])) > 1
+    return {
+        "contaminated": int(known.sum()),
+        "clean": evaluate(scores[left], label[left]) if judged else None,
+    }
 
 
 def evaluate_file(model: SentimentModel, path: Path) -> dict[str, Any]:

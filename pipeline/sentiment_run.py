@@ -6,6 +6,7 @@ with the curves of its training.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,7 +34,9 @@ def write_curves(folder: RunFolder, curves: Mapping[str, Sequence[float]]) -> No
     """Write each curve, one value per pass or epoch, for TensorBoard and as CSV, where a price run has its own."""
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-    folder.logs.mkdir(parents=True, exist_ok=True)
+    if folder.logs.exists():  # a training that was cut off after it had written them
+        shutil.rmtree(folder.logs)
+    folder.logs.mkdir(parents=True)
     loggers = [
         TensorBoardLogger(folder.logs, name="tensorboard", version="whole"),
         CSVLogger(folder.logs, name="csv", version="whole"),

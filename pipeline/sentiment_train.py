@@ -9,12 +9,14 @@
 With ``--from`` an earlier run takes the place of 1: the words of the new texts that its vocabulary would break into
 pieces become tokens, and 2 and 3 go on from its classifier.
 
-Texts of the test and validation parts are kept out of all of it, wherever else they occur.
+Texts of the test and validation parts are kept out of all of it, wherever else they occur. Where an earlier run has
+learned from some of the validation part, the others choose.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import time
 import tomllib
 from collections.abc import Callable, Sequence
@@ -25,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,7 +39,18 @@ from recur.pipeline.artefact import environment
 from recur.pipeline.config import Config
 from recur.pipeline.labelled import Texts, read_labelled, read_texts, stratified
 from recur.pipeline.market_labels import MarketTexts, against_majority
-from recur.pipeline.sentiment import KIND, evaluate_texts, open_sentiment, save_model, score_texts, sha256_of
+from recur.pipeline.sentiment import (
+    KIND,
+    SentimentModel,
+    clean_part,
+    contaminated,
+    evaluate_texts,
+    open_sentiment,
+    read_model,
+    save_model,
+    score_texts,
+    sha256_of,
+)
 from recur.pipeline.sentiment_blend import Blend, fit_blend, fit_ngrams, ngram_logits
 from recur.pipeline.sentiment_fit import FinePlan, FloatArray, early_stopped, fine_tune, logits_of
 from recur.pipeline.sentiment_language import LanguagePlan, Progress, bf16_pays, pretrain
@@ -48,6 +62,9 @@ from recur.vocabulary import DataMissing, UsageError, did_you_mean, iso, parse_t
 
 Say = Callable[[str, int, int], None]
 STATE = "language.safetensors"
+FEW = 10
+"""Validation texts that nothing has learned from, at least, before they alone choose."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +126,39 @@ def divide(texts: Texts, share: float, seed: int) -> Parts:
     return Parts(texts.take(train), texts.take(validation), texts.take(test), drawn)
 
 
+def known_to(parent: SentimentModel | None, part: Texts, by_time: bool) -> NDArray[np.bool_]:
+    """Which texts of ``part`` an earlier run has learned from; ``by_time``: or from others of their time.
+
+    Prices tell the same of all texts of a time: where the market labels, the time counts.
+    """
+    if parent is None:
+        return np.zeros(len(part), dtype=bool)
+    return np.array(contaminated(parent, part.text, part.published if by_time else None), dtype=bool)
+
+
+def deciding(validation: Texts, known: NDArray[np.bool_], parent: str | None) -> NDArray[np.bool_]:
+    """Which texts of the validation part choose: those that are not ``known`` to the ``parent``, all when too few are left."""
+    fresh = ~known & np.array([bool(normalise(text)) for text in validation.text])
+    if not known.any() or (fresh.sum() >= FEW and len(np.unique(validation.label[fresh])) > 1):
+        return ~known
+    _log.warning(
+        "%d of the %d validation texts were learned from by %s and too few are left to choose by: the validation metrics and"
+        " the probabilities' confidence are too kind; give a validation part of new texts",
+        known.sum(), len(validation), parent,
+    )  # fmt: skip
+    return np.ones(len(validation), dtype=bool)
+
+
+def _refuse_later(parent: SentimentModel, market: MarketTexts) -> None:
+    """A parent that learned from the time of the test part knows what is asked there."""
+    if parent.window and parent.window[1] > market.known_until_ms:
+        raise UsageError(
+            f"Run {parent.run_id} learned from texts up to {iso(parent.window[1])}, and the test part begins at"
+            f" {iso(market.known_until_ms)}: it would be judged on what it knows.",
+            f"Begin with a run that ends before, or give --since {iso(parent.window[1])} and later texts.",
+        )
+
+
 def adapt(
     language: LanguageModel,
     net: TextClassifier,
@@ -130,6 +180,7 @@ def fine_tuned(
     codec: TextCodec,
     texts: Sequence[Sequence[int]],
     parts: Parts,
+    choosing: NDArray[np.bool_],
     plan: SentimentPlan,
     say: Say,
     curves: dict[str, list[float]],
@@ -137,25 +188,30 @@ def fine_tuned(
     """Step 3: trains ``net`` in place and n-grams beside it; returns these, how the two are mixed, and the scout's
     probabilities of the validation part.
 
-    The scout learns from the training part alone; the validation part chooses its epoch and how it is mixed. Then
-    ``plan.members`` networks learn as long from the same start, from the validation part too where that was drawn from
-    the training part, and the weights are their mean (Wortsman et al. 2022, arXiv:2203.05482): most of what an ensemble
-    gains, at the price of one network; the n-grams learn from the same texts. ``texts`` are the tokens of the training part; ``curves`` gets the scout's validation loss.
+    The scout learns from the training part alone; the ``choosing`` rows of the validation part choose its epoch and how
+    it is mixed. Then ``plan.members`` networks learn as long from the same start, from the validation part too where that
+    was drawn from the training part, and the weights are their mean (Wortsman et al. 2022, arXiv:2203.05482): most of
+    what an ensemble gains, at the price of one network; the n-grams learn from the same texts. ``texts`` are the tokens of
+    the training part; ``curves`` gets the scout's validation loss.
     """
     labels = parts.train.label
-    check = (codec.encode(parts.validation.text), parts.validation.label)
+    tokens = codec.encode(parts.validation.text)
+    check = (
+        [text for text, chooses in zip(tokens, choosing, strict=True) if chooses],
+        parts.validation.label[choosing],
+    )
     begin = copy.deepcopy(net.state_dict())
     net.encoder.halve(bf16_pays())
     total = (1 + plan.members) * plan.fine.epochs
     curve = early_stopped(net, texts, labels, check, plan.fine, lambda k, _: say("fine-tuning", k, total))
     curves["validation_loss"] = curve
     net.encoder.halve(False)
-    logits = logits_of(net, check[0])
-    read = np.asarray(np.isfinite(logits).all(axis=1))
-    aside = ngram_logits(fit_ngrams(texts, labels, net.out.out_features), check[0])
-    blend = fit_blend(logits[read], aside[read], check[1][read])
+    logits = logits_of(net, tokens)
+    read = np.asarray(np.isfinite(logits).all(axis=1)) & choosing
+    aside = ngram_logits(fit_ngrams(texts, labels, net.out.out_features), tokens)
+    blend = fit_blend(logits[read], aside[read], parts.validation.label[read])
     if parts.drawn:
-        texts, labels = [*texts, *check[0]], np.concatenate([labels, check[1]])
+        texts, labels = [*texts, *tokens], np.concatenate([labels, parts.validation.label])
     enough = int(np.argmin(curve)) + 1
     mean = {name: torch.zeros_like(value) for name, value in begin.items()}
     net.encoder.halve(bf16_pays())
@@ -214,9 +270,19 @@ def train_sentiment(
             return folder.read_json("metrics.json")
         begun = tomllib.loads((folder.path / "config.toml").read_text("utf-8"))
         plan = plan.with_choices(begun["sentiment"]["epochs"], int(folder.read_manifest()["seed"]))
-        base = folder.read_manifest()["parent"]
+        begun_from = folder.read_manifest()["parent"]
+        if base not in (None, begun_from):
+            raise UsageError(
+                f"Run {folder.run_id} was begun from {begun_from or 'nothing'}, not from {base}.",
+                "Leave --from out to go on with it.",
+            )
+        base = begun_from
     parent = open_sentiment(home, base) if base else None
+    if parent and market:
+        _refuse_later(parent, market)
     parts = divide(texts, plan.validation, plan.fine.seed)
+    known = known_to(parent, parts.validation, market is not None)
+    choosing = deciding(parts.validation, known, base)
     held_out = set(parts.validation.fingerprints) | set(parts.test.fingerprints)
     plain = (
         [t for t, f in zip(corpus.text, corpus.fingerprints, strict=True) if f not in held_out]
@@ -239,7 +305,9 @@ def train_sentiment(
         "run_id": folder.run_id, "kind": KIND, "model": "lstm", "status": RUNNING, "seed": plan.fine.seed,
         "device": "cpu", "parent": parent.run_id if parent else None, "data": files, "texts": texts.counts,
         "training_window": _joined(windows), "training_texts": len(seen),
-        "labels": market.summary if market else "human", **environment(),
+        "labels": market.summary if market else "human",
+        "validation": {"texts": len(known), "known_to_parent": int(known.sum()), "choosing": int(choosing.sum())},
+        **environment(),
     }  # fmt: skip
     if not resume:
         begin(folder, config or Config(), plan.fine.epochs, plan.fine.seed, manifest)
@@ -259,7 +327,7 @@ def train_sentiment(
     curves: dict[str, list[float]] = (
         {} if parent else {"language_loss": folder.read_json("language.json")["losses"]}
     )
-    ngrams, blend, scouted = fine_tuned(net, codec, tokens, parts, plan, say, curves)
+    ngrams, blend, scouted = fine_tuned(net, codec, tokens, parts, choosing, plan, say, curves)
     write_curves(folder, curves)
     save_model(folder, net, language, ngrams)
     folder.write_text("tokenizer.json", codec.to_json())
@@ -268,13 +336,13 @@ def train_sentiment(
     spec = {"encoder": language.encoder.spec.as_dict(), "blend": asdict(blend), "plan": asdict(plan)}
     folder.write_json("sentiment.json", spec)
     manifest |= {
-        "status": COMPLETE,
         "weights_sha256": sha256_of(folder.weights),
         "wall_s": time.monotonic() - started,
         "cpu_s": time.process_time() - cpu,
         **spent,
     }
-    metrics = _judged(folder, manifest, parts, scouted, home, market)
+    metrics = _judged(folder, manifest, parts, (scouted, known), market)
+    folder.write_json("manifest.json", manifest | {"status": COMPLETE})
     (folder.path / STATE).unlink(missing_ok=True)
     return metrics
 
@@ -283,18 +351,18 @@ def _judged(
     folder: RunFolder,
     manifest: dict[str, Any],
     parts: Parts,
-    scouted: FloatArray,
-    home: Path,
+    scouted: tuple[FloatArray, NDArray[np.bool_]],
     market: MarketTexts | None,
 ) -> dict[str, Any]:
-    """Complete the run and write the metrics: the scout's on the validation part, on the test part those of the model as
-    it is read back from disk."""
+    """Write the metrics: on the validation part the scout's (its probabilities, and which texts were known before), on the
+    test part those of the model as it is read back from disk."""
     folder.write_json("manifest.json", manifest)
-    model = open_sentiment(home, folder.run_id)
+    model = read_model(folder)
+    label = parts.validation.label
     metrics: dict[str, Any] = {
         "run_id": folder.run_id,
         "model": "lstm",
-        "validation": evaluate(scouted, parts.validation.label),
+        "validation": evaluate(scouted[0], label) | clean_part(scouted[0], label, scouted[1]),
     }
     if len(parts.test):
         metrics["test"] = evaluate_texts(model, parts.test)

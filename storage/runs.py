@@ -141,6 +141,7 @@ class RunFolder:
         return str(found) if found in (RUNNING, COMPLETE) else "broken"
 
 
+_RESUMED_BY = {"train": "recur train", "sentiment": "recur train sentiment"}
 _REMEDY = "The run was cut short or damaged: remove {path} and run the command that made it again."
 
 
@@ -166,7 +167,8 @@ def open_run(home: Path, run_id: str) -> RunFolder:
         )
     status = run.read_manifest().get("status")
     if status == RUNNING:
-        resume = f"resume it with `recur train --resume {run_id}` or " if run_id.startswith("train-") else ""
+        command = _RESUMED_BY.get(run_id.partition("-")[0])
+        resume = f"resume it with `{command} --resume {run_id}` or " if command else ""
         raise DataMissing(
             f"Run '{run_id}' is not finished: its manifest says it is still running.",
             f"Wait for it; if nothing is working on it, {resume}remove {run.path}.",

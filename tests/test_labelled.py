@@ -109,11 +109,21 @@ def test_plain_texts_come_from_all_columns_of_text_with_their_times(tmp_path: Pa
     )
     found = read_texts([path])
     assert sorted(found.text) == ["A", "B", "body a"]
-    assert found.window() == {"since": "2024-01-01T12:00:00Z", "until": "2024-01-02T00:00:00Z"}
+    assert found.window() == {"since": "2024-01-01T12:00:00Z", "until": "2024-01-02T23:59:59.999Z"}
     lines = tmp_path / "x.txt"
     lines.write_text("one\ntwo\n\none\n", "utf-8")
     assert read_texts([lines]).text == ["one", "two"]
     assert read_rows(lines) == ["one", "two", "", "one"]
+
+
+def test_a_window_that_ends_with_a_date_ends_with_its_day(tmp_path: Path) -> None:
+    dates = csv(
+        tmp_path, "up,positive,2024-01-03", "down,negative,2024-01-01", header="text,label,published_at"
+    )
+    assert read_labelled([dates]).window() == {
+        "since": "2024-01-01T00:00:00Z",
+        "until": "2024-01-03T23:59:59.999Z",
+    }
 
 
 def test_a_stratified_part_holds_its_share_of_every_class() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 
 from recur import cli
 from recur.models.text.encoder import Drops
-from recur.pipeline.config import Config, MarketConfig
+from recur.pipeline.config import Config, FeatureConfig, MarketConfig
 from recur.pipeline.labelled import Texts
+from recur.pipeline.load import stored_news
 from recur.pipeline.market_labels import MarketTexts, against_majority, label_from_market
 from recur.pipeline.news import put_items
 from recur.pipeline.sentiment_fit import FinePlan
@@ -265,6 +267,87 @@ def test_pretraining_reads_nothing_from_after_the_training_part(
     metrics = train_sentiment(store.home, [], [tmp_path / "plain.parquet"], plan=TINY, market=found)
     manifest = RunFolder(store.home, metrics["run_id"]).read_manifest()
     assert manifest["training_texts"] == len(part(found, "train")) + 2
+
+
+def dated_texts(path: Path, begin: int) -> Path:
+    """Sixty labelled texts, an hour apart from ``begin`` (UTC ms) on."""
+    pl.DataFrame(
+        {
+            "text": [f"Gold {'rises' if k % 2 else 'falls'} on day {k} of trading" for k in range(60)],
+            "label": ["positive" if k % 2 else "negative" for k in range(60)],
+            "published_at": [begin + k * HOUR_MS for k in range(60)],
+        }
+    ).write_parquet(path)
+    return path
+
+
+def test_a_run_that_learned_in_the_time_of_the_test_part_is_no_parent(
+    labelled: tuple[Store, MarketTexts], tmp_path: Path
+) -> None:
+    store, found = labelled
+    late = dated_texts(tmp_path / "late.parquet", found.known_until_ms - 30 * HOUR_MS)
+    parent = train_sentiment(store.home, [late], [], plan=TINY)
+    before = len(list((store.home / "runs").iterdir()))
+    with pytest.raises(UsageError, match=r"learned from texts up to 2025-02-.*judged on what it knows"):
+        train_sentiment(store.home, [], [], base=parent["run_id"], plan=TINY, market=found)
+    assert len(list((store.home / "runs").iterdir())) == before
+
+
+def test_validation_texts_of_the_time_of_a_parent_have_no_say(
+    labelled: tuple[Store, MarketTexts], tmp_path: Path
+) -> None:
+    store, found = labelled
+    until = found.train_until_ms + 30 * HOUR_MS
+    early = dated_texts(tmp_path / "early.parquet", until - 59 * HOUR_MS)
+    parent = train_sentiment(store.home, [early], [], plan=TINY)
+    child = train_sentiment(store.home, [], [], base=parent["run_id"], plan=TINY, market=found)
+    published = part(found, "validation").published
+    known = sum(at is not None and at <= until for at in published)
+    assert 0 < known <= len(published) - 10
+    said = RunFolder(store.home, child["run_id"]).read_manifest()["validation"]
+    assert said == {"texts": len(published), "known_to_parent": known, "choosing": len(published) - known}
+
+
+def test_scores_of_a_run_that_learned_the_prices_after_an_item_are_no_feature(
+    labelled: tuple[Store, MarketTexts], caplog: pytest.LogCaptureFixture
+) -> None:
+    store, found = labelled
+    run = RunFolder(store.home, "sentiment-lstm-20250301T000000-aaaaaa")
+    child = RunFolder(store.home, "sentiment-lstm-20250302T000000-bbbbbb")
+    window = {"since": from_ms(START).isoformat(), "until": from_ms(found.learned_until_ms).isoformat()}
+    run.write_json("manifest.json", {"labels": found.summary, "training_window": window, "parent": None})
+    child.write_json("manifest.json", {"labels": "human", "training_window": window, "parent": run.run_id})
+    items = store.news_versions()
+    known = items.filter(pl.col("published_at").dt.epoch("ms") <= found.learned_until_ms).height
+    assert 150 < known < 238
+    for folder in (run, child):
+        rows = items.select("news_id", "version").with_columns(
+            pl.lit(folder.run_id).alias("run_id"),
+            pl.lit(from_ms(START)).cast(pl.Datetime("ms", "UTC")).alias("scored_at"),
+            pl.lit(0.1).alias("p_negative"),
+            pl.lit(0.2).alias("p_neutral"),
+            pl.lit(0.7).alias("p_positive"),
+            pl.lit(False).alias("contaminated"),
+        )
+        assert store.put_sentiment(rows) == 238
+        features = FeatureConfig(news=True, news_run=folder.run_id)
+        read = stored_news(store, replace(config(), features=features))
+        assert read is not None
+        assert np.isfinite(read.score).sum() == 238 - known
+        assert len(read.text) == 238
+        assert f"{known} of 238 scores of {folder.run_id} are left out" in caplog.text
+    run.write_json(
+        "manifest.json",
+        {
+            "labels": found.summary,
+            "training_window": {**window, "until": "2026-01-01T00:00:00Z"},
+            "parent": None,
+        },
+    )
+    with pytest.raises(DataMissing, match=r"All 238 scores of .* the prices after them are its labels"):
+        stored_news(store, replace(config(), features=FeatureConfig(news=True, news_run=run.run_id)))
+    for folder in (run, child):
+        shutil.rmtree(folder.path)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,25 @@ def test_an_edit_changes_the_score_from_the_instant_it_was_seen() -> None:
     assert np.expm1(counts[5]) == pytest.approx(0.5)  # still one item
 
 
+@pytest.mark.parametrize("seen", [12 * HOUR_MS, DAY_MS])
+def test_a_date_that_an_edit_made_exact_does_not_come_back_at_midnight(seen: int) -> None:
+    news = _news(
+        {"published_at": T0, "published_precision": "day"},
+        {
+            "published_at": T0 + 10 * HOUR_MS,
+            "published_precision": "ms",
+            "first_seen": T0 + seen,
+            "version": 2,
+        },
+    )
+    frame = _columns(news, _scores(("a", 1, 0.8), ("a", 2, -0.4)))
+    sums, counts = frame["news_own_sum_6"].to_list(), frame["news_own_count_6"].to_list()
+    close = seen // HOUR_MS - 1
+    assert [sums[close - 1], sums[close], sums[close + 6]] == pytest.approx([0.0, -0.4, -0.2])
+    assert sums[close + 18] == pytest.approx(-0.4 / 8)
+    assert np.expm1(counts[close + 18]) == pytest.approx(1 / 8)
+
+
 def test_no_news_is_a_state_of_its_own_and_never_neutral() -> None:
     frame = _columns(_news({"published_at": T0 + 100 * HOUR_MS}), _scores(("a", 1, 0.0)))
     before, after = frame.row(50, named=True), frame.row(101, named=True)

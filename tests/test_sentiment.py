@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import pytest
 
 from recur import cli
 from recur.models.text.encoder import Drops
-from recur.pipeline.labelled import CLASSES
+from recur.pipeline.labelled import CLASSES, read_labelled
 from recur.pipeline.score_news import score_stored
 from recur.pipeline.sentiment import contaminated, evaluate_file, open_sentiment, score_texts
 from recur.pipeline.sentiment_fit import FinePlan
 from recur.pipeline.sentiment_language import LanguagePlan
 from recur.pipeline.sentiment_trace import trace
-from recur.pipeline.sentiment_train import SentimentPlan, train_sentiment
+from recur.pipeline.sentiment_train import SentimentPlan, deciding, known_to, train_sentiment
 from recur.pipeline.settings import load_config
+from recur.pipeline.text import fingerprint
 from recur.storage.runs import RunFolder
 from recur.storage.store import Store
 from recur.vocabulary import DataMissing, UsageError, parse_time
@@ -193,6 +195,73 @@ def test_a_run_begun_from_another_remembers_its_texts(
     assert 0 < moved[1] < moved[0]
 
 
+def test_validation_texts_that_the_parent_learned_from_have_no_say(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    home, metrics = trained
+    plan = replace(SMALL, fine=replace(SMALL.fine, epochs=3))
+    new, old = headlines(90, seed=6), headlines(30)
+    turned = old.with_columns(label=pl.col("label").replace({"negative": "positive", "positive": "negative"}))
+    runs = []
+    for k, told in enumerate((old, turned)):
+        parts = [
+            new[:60].with_columns(split=pl.lit("train")),
+            pl.concat([new[60:], told]).with_columns(split=pl.lit("validation")),
+        ]
+        pl.concat(parts).drop("published_at").write_csv(tmp_path / f"{k}.csv")
+        runs.append(train_sentiment(home, [tmp_path / f"{k}.csv"], [], base=metrics["run_id"], plan=plan))
+    assert [run["validation"]["contaminated"] for run in runs] == [30, 30]
+    assert [run["validation"]["clean"]["n"] for run in runs] == [30, 30]
+    assert runs[0]["validation"]["clean"] == runs[1]["validation"]["clean"]
+    folders = [RunFolder(home, run["run_id"]) for run in runs]
+    assert folders[0].read_manifest()["validation"] == {"texts": 60, "known_to_parent": 30, "choosing": 30}
+    first, second = (
+        (f.read_json("sentiment.json")["blend"], f.read_manifest()["weights_sha256"]) for f in folders
+    )
+    assert first == second
+    for folder in folders:
+        shutil.rmtree(folder.path)
+
+
+def test_when_the_parent_learned_from_nearly_all_of_the_validation_part_it_is_said(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parent = open_sentiment(trained[0], trained[1]["run_id"])
+    pl.concat([headlines(30), headlines(9, seed=7)]).write_csv(tmp_path / "x.csv")
+    part = read_labelled([tmp_path / "x.csv"])
+    known = known_to(parent, part, by_time=False)
+    assert known.sum() == 30
+    assert deciding(part, known, parent.run_id).all()
+    assert "30 of the 39 validation texts were learned from" in caplog.text
+    assert known_to(parent, part, by_time=True).all()  # the other nine were published in its time
+
+
+def test_a_training_cut_off_while_it_is_judged_is_not_finished_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def killed(*_: object) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    plan = replace(SMALL, fine=replace(SMALL.fine, epochs=1))
+    headlines(90).with_columns(
+        split=pl.when(pl.int_range(pl.len()) < 60).then(pl.lit("train")).otherwise(pl.lit("test"))
+    ).write_parquet(tmp_path / "x.parquet")
+    with monkeypatch.context() as patch:
+        patch.setattr("recur.pipeline.sentiment_train.evaluate_texts", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_sentiment(tmp_path, [tmp_path / "x.parquet"], [], plan=plan)
+    run = RunFolder(tmp_path, next((tmp_path / "runs").iterdir()).name)
+    assert run.status() == "running"
+    with pytest.raises(DataMissing, match="not finished") as refused:
+        open_sentiment(tmp_path, run.run_id)
+    assert f"recur train sentiment --resume {run.run_id}" in refused.value.hint
+    with pytest.raises(UsageError, match="was begun from nothing, not from other"):
+        train_sentiment(tmp_path, [tmp_path / "x.parquet"], [], plan=plan, resume="last", base="other")
+    found = train_sentiment(tmp_path, [tmp_path / "x.parquet"], [], plan=plan, resume="last")
+    assert found == run.read_json("metrics.json")
+    assert run.status() == "complete"
+
+
 def test_the_command_line_scores_and_judges(
     trained: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -330,6 +399,45 @@ def test_stored_news_are_scored_once_and_marked_where_the_model_may_have_learned
     marks = dict(store.sentiment(done["run_id"]).select("news_id", "contaminated").iter_rows())
     assert marks == {"old": True, "new": False, "told": True}
     assert score_stored(home, store, metrics["run_id"], later)["scored"] == 0
+
+
+def test_an_item_whose_body_was_learned_from_is_marked_and_one_without_body_is_not(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    home, metrics = trained
+    folder = tmp_path / "runs" / metrics["run_id"]
+    shutil.copytree(RunFolder(home, metrics["run_id"]).path, folder)
+    with (folder / "training_texts.txt").open(
+        "a"
+    ) as file:  # as a training text that cannot be read leaves it
+        file.write(fingerprint("\u200b") + "\n")
+    later = parse_time("2026-01-01")
+    items = pl.DataFrame(
+        {
+            "news_id": ["known body", "no body"],
+            "published_at": pl.Series([later, later]).cast(pl.Datetime("ms", "UTC")),
+            "published_precision": ["s", "s"],
+            "title": ["A headline of today", "Another headline of today"],
+            "body": [headlines(240)["text"][0], ""],
+        }
+    )
+    store = Store(tmp_path)
+    store.put_news(items, source="test", now_ms=later)
+    score_stored(tmp_path, store, metrics["run_id"], later)
+    marks = dict(store.sentiment(metrics["run_id"]).select("news_id", "contaminated").iter_rows())
+    assert marks == {"known body": True, "no body": False}
+
+
+def test_a_home_of_a_sentiment_run_alone_says_what_can_be_done_with_it(
+    trained: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = ["--home", str(trained[0])]
+    for command, does in (
+        ("inspect", "recur inspect --trace TEXT"),
+        ("report", "recur sentiment --evaluate FILE"),
+    ):
+        assert cli.run([*home, command]) == 3
+        assert f"is a sentiment model: '{does}'" in capsys.readouterr().err
 
 
 def test_the_command_line_traces_a_text(
