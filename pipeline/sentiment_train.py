@@ -143,7 +143,7 @@ def deciding(validation: Texts, known: NDArray[np.bool_], parent: str | None) ->
         return ~known
     _log.warning(
         "%d of the %d validation texts were learned from by %s and too few are left to choose by: the validation metrics and"
-        " the probabilities' confidence are too kind; give a validation part of new texts",
+        " the probabilities' confidence are too kind, the weight of the n-grams is too small; give a validation part of new texts",
         known.sum(), len(validation), parent,
     )  # fmt: skip
     return np.ones(len(validation), dtype=bool)
