@@ -58,6 +58,11 @@ class Blend:
         return torch.lerp(one, two, self.share).numpy()
 
 
+def spread(logits: FloatArray) -> float:
+    """Mean over texts of the standard deviation over classes, without texts that could not be read."""
+    return float(np.nanmean(logits.std(axis=1)))
+
+
 def fit_blend(network: FloatArray, ngrams: FloatArray, label: NDArray[np.int64]) -> Blend:
     """Each temperature by itself, then the share, with the least cross-entropy of logits (N, classes) at label (N,)."""
     one, two = fit_temperature(network, label), fit_temperature(ngrams, label)

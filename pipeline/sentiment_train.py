@@ -51,7 +51,7 @@ from recur.pipeline.sentiment import (
     score_texts,
     sha256_of,
 )
-from recur.pipeline.sentiment_blend import Blend, fit_blend, fit_ngrams, ngram_logits
+from recur.pipeline.sentiment_blend import Blend, fit_blend, fit_ngrams, ngram_logits, spread
 from recur.pipeline.sentiment_fit import FinePlan, FloatArray, early_stopped, fine_tune, logits_of
 from recur.pipeline.sentiment_language import LanguagePlan, Progress, bf16_pays, pretrain
 from recur.pipeline.sentiment_metrics import evaluate
@@ -191,7 +191,8 @@ def fine_tuned(
     The scout learns from the training part alone; the ``choosing`` rows of the validation part choose its epoch and how
     it is mixed. Then ``plan.members`` networks learn as long from the same start, from the validation part too where that
     was drawn from the training part, and the weights are their mean (Wortsman et al. 2022, arXiv:2203.05482): most of
-    what an ensemble gains, at the price of one network; the n-grams learn from the same texts. ``texts`` are the tokens of
+    what an ensemble gains, at the price of one network. The logits of the mean are smaller than those of its parts, the more
+    so the further these went apart; the scout's temperature is lowered by as much. The n-grams learn from the same texts. ``texts`` are the tokens of
     the training part; ``curves`` gets the scout's validation loss.
     """
     labels = parts.train.label
@@ -213,7 +214,7 @@ def fine_tuned(
     if parts.drawn:
         texts, labels = [*texts, *tokens], np.concatenate([labels, parts.validation.label])
     enough = int(np.argmin(curve)) + 1
-    mean = {name: torch.zeros_like(value) for name, value in begin.items()}
+    mean, sizes = {name: torch.zeros_like(value) for name, value in begin.items()}, []
     net.encoder.halve(bf16_pays())
     for member in range(plan.members):
         net.load_state_dict(begin)
@@ -223,11 +224,14 @@ def fine_tuned(
             return epoch + 1 == enough
 
         fine_tune(net, texts, labels, replace(plan.fine, seed=plan.members * plan.fine.seed + member), told)
+        sizes.append(spread(logits_of(net, tokens)))
         for name, value in net.state_dict().items():
             mean[name] += value / plan.members
     net.load_state_dict(mean)
     net.encoder.halve(False)
-    return fit_ngrams(texts, labels, net.out.out_features), blend, blend(logits, aside)
+    softer = spread(logits_of(net, tokens)) / float(np.mean(sizes))
+    final = replace(blend, temperature=blend.temperature * softer)
+    return fit_ngrams(texts, labels, net.out.out_features), final, blend(logits, aside)
 
 
 def train_sentiment(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recur.models.text.ngrams import BUCKETS, NGrams, hashed
-from recur.pipeline.sentiment_blend import Blend, fit_blend
+from recur.pipeline.sentiment_blend import Blend, fit_blend, spread
 
 TEXTS = [[5, 6], [5, 7], [8, 6], [8, 7], [5, 6, 9], [8, 7, 9]]
 LABELS = np.array([2, 2, 0, 0, 2, 0])
@@ -108,3 +108,8 @@ def test_the_better_reader_gets_the_greater_share() -> None:
     assert fit_blend(reader(3.0), reader(0.5), label).share < 0.2
     assert fit_blend(reader(0.5), reader(3.0), label).share > 0.8
     assert fit_blend(reader(2.0), reader(2.0), label).share == pytest.approx(0.5, abs=0.1)
+
+
+def test_how_large_logits_are_leaves_out_what_was_not_read() -> None:
+    logits = np.array([[0.0, 3.0, -3.0], [np.nan] * 3, [1.0, 1.0, 1.0]], dtype=np.float32)
+    assert spread(logits) == pytest.approx(np.sqrt(6) / 2)
