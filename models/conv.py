@@ -131,12 +131,9 @@ def conv_step(
 
     ``inplace`` writes the next window over ``window``; without gradients only.
     """
-    w = weight.t().contiguous()
+    w = torch.stack(weight.unbind(1))  # contiguous taps, also where it is compiled
     y = torch.addcmul(bias, x_t, w[-1])
     for past, tap in zip(window.unbind(1), w[:-1], strict=True):
         y = torch.addcmul(y, past, tap)
-    if not inplace or torch.is_grad_enabled():
-        return y, torch.cat([window[:, 1:], x_t.unsqueeze(1)], 1)
-    for slot, after in zip(window.unbind(1), (*window.unbind(1)[1:], x_t), strict=True):
-        slot.copy_(after)
-    return y, window
+    after = torch.cat([window[:, 1:], x_t.unsqueeze(1)], 1)
+    return y, window.copy_(after) if inplace and not torch.is_grad_enabled() else after

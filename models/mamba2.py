@@ -43,7 +43,7 @@ class Mamba2Mixer(nn.Module):
     """u (B, T, d_model) → (B, T, d_model).
 
     State: ``conv`` (B, K−1, C), the last raw inputs of the convolution of C = d_inner + 2·G·N channels, and ``ssm``
-    (B, G, N, H/G·P).
+    (B, H, P, N).
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Mamba2Mixer(nn.Module):
         taps = self.conv1d.kernel_size[0]
         return {
             "conv": like.new_zeros(batch, taps - 1, s.conv),
-            "ssm": like.new_zeros(batch, s.groups, s.state, s.heads * s.head),
+            "ssm": like.new_zeros(batch, s.groups * s.heads, s.head, s.state),
         }
 
     def forward(

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from recur.models.conv import conv_backward, conv_forward, next_window
 from recur.models.ssd import TILE_STEPS, direct, scan_tile, scan_tile_backward
-from recur.models.ssd_kernels import Saved, chunk_marks
+from recur.models.ssd_kernels import Saved, by_group, by_head, chunk_marks
 from recur.models.tiles import tile_rows, tiles, totals
 
 
@@ -133,7 +133,7 @@ class _Layer(torch.autograd.Function):
             t = _tile(s, zx[k], conv_w, conv_b, dt_bias, window[k], live_k, segment_k)
             marks = None if segment_k is None else chunk_marks(segment_k, s.chunk, u.dtype)
             to = saved.rows(k)
-            scaled = scan_tile(t.x, t.dt, A, t.B, t.C, state[k].transpose(0, 1), marks, to)
+            scaled = scan_tile(t.x, t.dt, A, t.B, t.C, by_group(state[k], s.groups), marks, to)
             y = torch.addcmul(to.past, t.x, direct(to.own, t.dt, D)).view(t.z.shape)
             gated = torch.unflatten(y.mul_(F.silu(t.z)), -1, (s.groups, -1))
             torch.rsqrt(
@@ -150,7 +150,7 @@ class _Layer(torch.autograd.Function):
         )  # fmt: skip
         ctx.s, ctx.rows = s, rows
         ctx.set_materialize_grads(False)
-        return out, last, saved.end.transpose(0, 1).contiguous()
+        return out, last, by_head(saved.end, s.heads)
 
     @staticmethod
     @once_differentiable
@@ -163,7 +163,7 @@ class _Layer(torch.autograd.Function):
         wide, back = _padded(w_in), w_out * norm_w
         dout = u.new_zeros(b, length, w_out.shape[0]) if dout is None else dout.contiguous()
         du, dwindow = torch.empty_like(u), torch.empty_like(window)
-        dstate = torch.empty_like(saved.end.transpose(0, 1), memory_format=torch.contiguous_format)
+        dstate = u.new_empty(b, s.groups * s.heads, s.head, s.state)
 
         def tile(k: slice) -> tuple[Tensor, ...]:
             live_k, segment_k, lengths_k = (None if m is None else m[k] for m in (live, segment, lengths))
@@ -185,7 +185,7 @@ class _Layer(torch.autograd.Function):
             dy = dgated.mul_(gate).view(t.x.shape)
             marks = None if segment_k is None else chunk_marks(segment_k, s.chunk, u.dtype)
             to = (torch.empty_like(t.x), u.new_empty(t.B.shape), u.new_empty(t.C.shape))
-            after = torch.zeros_like(kept.end) if dend is None else dend[k].transpose(0, 1)
+            after = torch.zeros_like(kept.end) if dend is None else by_group(dend[k], s.groups)
             ddt, dA, dD, before = scan_tile_backward(
                 dy, after, t.x, t.dt, A, t.B, t.C, D, kept, scaled, marks, to
             )
@@ -205,7 +205,7 @@ class _Layer(torch.autograd.Function):
             spare.zero_()
             flat = dzx.view(-1, wide.shape[0])
             torch.mm(flat, wide, out=du[k].view(-1, d_model))
-            dwindow[k], dstate[k] = dwindow_k, before.transpose(0, 1)
+            dwindow[k], dstate[k] = dwindow_k, by_head(before, s.heads)
             dwide = torch.mm(flat.t(), u[k].view(-1, d_model))
             return dwide, dconv, dpre.sum((0, 1)), ddt.sum((0, 1)), dA, dD, dback
 

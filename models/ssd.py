@@ -10,7 +10,7 @@ under the strongest; the scaled one is faster and is taken on a CPU where no chu
 A step with dt = 0 leaves the state as it is. ``segment`` (B, T) counts the sequences that begin inside a row (0 up
 to the first beginning): where it rises the state is put back to zero before the step.
 
-State layout: (B, G, N, H/G·P) for G groups of B and C, H heads; head h reads group h // (H/G).
+State layout: (B, H, P, N) for H heads of P channels and N states; of G groups of B and C, head h reads group h // (H/G).
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from torch.autograd.function import once_differentiable
 from recur.models.ssd_kernels import (
     Marks,
     Saved,
+    by_group,
+    by_head,
     chunk_marks,
     exact_backward,
     exact_forward,
@@ -107,7 +109,7 @@ class _SSD(torch.autograd.Function):
         def tile(k: slice) -> bool:
             marks = None if segment is None else chunk_marks(segment[k], chunk, x.dtype)
             to = saved.rows(k)
-            scaled = scan_tile(x[k], dt[k], A, B[k], C[k], state[k].transpose(0, 1), marks, to)
+            scaled = scan_tile(x[k], dt[k], A, B[k], C[k], by_group(state[k], x.shape[3]), marks, to)
             torch.addcmul(to.past, x[k], direct(to.own, dt[k], D), out=y[k])
             return scaled
 
@@ -115,7 +117,7 @@ class _SSD(torch.autograd.Function):
         ctx.save_for_backward(x, dt, A, B, C, D, segment, *saved.parts())
         ctx.chunk, ctx.rows = chunk, rows
         ctx.set_materialize_grads(False)
-        return y, saved.end.transpose(0, 1).contiguous()
+        return y, by_head(saved.end, x.shape[4])
 
     @staticmethod
     @once_differentiable
@@ -123,18 +125,18 @@ class _SSD(torch.autograd.Function):
         x, dt, A, B, C, D, segment, *rest = ctx.saved_tensors
         saved = Saved(*rest)
         dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
-        dstate = torch.empty_like(saved.end.transpose(0, 1), memory_format=torch.contiguous_format)
+        dstate = x.new_empty(x.shape[0], D.numel(), x.shape[5], B.shape[-1])
         dy = torch.zeros_like(x) if dy is None else dy
 
         def tile(k: slice) -> tuple[Tensor, Tensor]:
             marks = None if segment is None else chunk_marks(segment[k], ctx.chunk, x.dtype)
             scaled = ctx.scaled[k.start // ctx.rows]
-            after = torch.zeros_like(saved.end[:, k]) if dend is None else dend[k].transpose(0, 1)
+            after = torch.zeros_like(saved.end[:, k]) if dend is None else by_group(dend[k], x.shape[3])
             to = (dx[k], dB[k], dC[k])
             ddt[k], dA, dD, before = scan_tile_backward(
                 dy[k], after, x[k], dt[k], A, B[k], C[k], D, saved.rows(k), scaled, marks, to
             )
-            dstate[k] = before.transpose(0, 1)
+            dstate[k] = by_head(before, x.shape[4])
             return dA, dD
 
         dA, dD = totals([tile(k) for k in tiles(x.shape[0], ctx.rows)])
@@ -162,8 +164,8 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence above over a sequence of any length, differentiable in every tensor but ``segment``.
 
-    x (B, T, H, P); dt (B, T, H), ≥ 0; A (H,), < 0; B, C (B, T, G, N); D (H,) or None; state (B, G, N, H/G·P) or
-    None for zeros → y (B, T, H, P) and the state after the last step. Half types are computed in float32.
+    x (B, T, H, P); dt (B, T, H), ≥ 0; A (H,), < 0; B, C (B, T, G, N); D (H,) or None; state (B, H, P, N) or None
+    for zeros → y (B, T, H, P) and the state after the last step. Half types are computed in float32.
     """
     kind = x.dtype
     wide = torch.float32 if kind in (torch.float16, torch.bfloat16) else kind
@@ -171,7 +173,7 @@ def ssd(
     b, length, h, p = x.shape
     g, n = B.shape[2:]
     skip = x.new_zeros(h) if D is None else D.to(wide)
-    state = x.new_zeros(b, g, n, h // g * p) if state is None else state.to(wide)
+    state = x.new_zeros(b, h, p, n) if state is None else state.to(wide)
     q = max(1, min(chunk, length))
     parts = [torch.unflatten(pad_right(t, q), 1, (-1, q)) for t in (x, dt, B, C)]
     if segment is not None and segment.shape[1] % q:
@@ -205,26 +207,48 @@ def ssd_step(
     state: Tensor,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One step: x (b, H, P), dt (b, H), B, C (b, G, N), state (b, G, N, H/G·P) → y (b, H, P), next state.
+    """One step: x (b, H, P), dt (b, H), B, C (b, G, N), state (b, H, P, N) → y (b, H, P), next state.
 
-    ``inplace`` writes the next state over ``state``; without gradients only.
+    The output is taken from the state before the step, y = e^(dt A) C·S + (C·B) dt x + D x: nothing has to wait for
+    the next state, and a compiler makes one pass over memory of both. ``inplace`` writes the next state over
+    ``state``; without gradients only.
     """
     b, h, p = x.shape
     g, n = B.shape[1:]
-    decay = (dt * A).exp().unsqueeze(-1).expand(b, h, p).reshape(b * g, 1, -1)
-    into = (x * dt.unsqueeze(-1)).view(b * g, 1, -1)
-    before, Bs, Cs = state.reshape(b * g, n, -1), B.reshape(b * g, n, 1), C.reshape(b * g, 1, n)
-    small = b <= STEP_ROWS or state.device.type != "cpu" or torch.compiler.is_compiling()
-    if torch.is_grad_enabled() or (small and not inplace):
-        after = (before * decay).addcmul_(Bs, into)
-        y = torch.bmm(Cs, after)
-    elif small:
-        after = before.mul_(decay).addcmul_(Bs, into)
-        y = torch.bmm(Cs, after)
+    heads = (b, g, h // g)
+    inplace = inplace and not torch.is_grad_enabled()
+    decay, into = (dt * A).exp().view(*heads, 1), (x * dt.unsqueeze(-1)).view(*heads, p)
+    if torch.compiler.is_compiling():
+        before, Bs, Cs = state.view(*heads, p, n), B.view(b, g, 1, 1, n), C.view(b, g, 1, 1, n)
+        seen = (before * Cs).sum(-1)
+        after = before * decay.unsqueeze(-1) + into.unsqueeze(-1) * Bs
+        if inplace:
+            before.copy_(after)
     else:
-        after, y = before if inplace else torch.empty_like(before), torch.empty_like(into)
-        parts = (torch.split(t, STEP_ROWS) for t in (before, decay, Bs, into, Cs, after, y))
-        for old, factor, b_t, x_t, c_t, new, out in zip(*parts, strict=True):
-            torch.mul(old, factor, out=new).addcmul_(b_t, x_t)
-            torch.bmm(c_t, new, out=out)
-    return torch.addcmul(y.view(b, h, p), x, D.unsqueeze(-1)), after.view(state.shape)
+        flat = (b * g, -1, 1)
+        seen, after = _step_rows(
+            decay.expand_as(into).reshape(flat),
+            into.reshape(flat),
+            B.reshape(b * g, 1, n),
+            C.reshape(b * g, 1, n),
+            state.view(b * g, -1, n) if inplace else state.reshape(b * g, -1, n),
+            inplace,
+        )
+    own = torch.addcmul(D.view(g, -1), (B * C).sum(-1, keepdim=True), dt.view(heads)).unsqueeze(-1)
+    y = torch.addcmul(own * x.view(*heads, p), seen.view(*heads, p), decay)
+    return y.view(x.shape), state if inplace else after.view(state.shape)
+
+
+def _step_rows(
+    decay: Tensor, into: Tensor, B: Tensor, C: Tensor, state: Tensor, inplace: bool
+) -> tuple[Tensor, Tensor]:
+    """C·S (R, 1, W) and the next state, of decay, into (R, W, 1), B, C (R, 1, N) and state (R, W, N)."""
+    if len(state) <= STEP_ROWS or state.device.type != "cpu" or torch.is_grad_enabled():
+        seen = torch.bmm(C, state.transpose(1, 2))  # a row times a matrix: a column takes three times as long
+        return seen, (state.mul_(decay) if inplace else state * decay).addcmul_(into, B)
+    seen, after = state.new_empty(len(state), 1, state.shape[1]), state if inplace else torch.empty_like(state)
+    parts = (torch.split(t, STEP_ROWS) for t in (decay, into, B, C, state, after, seen))
+    for factor, x_t, b_t, c_t, old, new, out in zip(*parts, strict=True):
+        torch.bmm(c_t, old.transpose(1, 2), out=out)
+        torch.mul(old, factor, out=new).addcmul_(x_t, b_t)
+    return seen, after

@@ -18,6 +18,8 @@ small where the decay is strong, so that their difference keeps its digits.
 
 Layouts: x, y (b, c, Q, g, h, p), dt (b, c, Q, g, h), B, C (b, c, Q, g, n), states (g, b, c, n, h·p) where g counts
 groups, h heads of a group, p channels of a head, n states. ``Marks`` tells where sequences begin inside a chunk.
+Outside, a state is (b, H, p, n) with H = g·h, as in the public implementations; :func:`by_group` and :func:`by_head`
+go from one to the other.
 """
 
 from __future__ import annotations
@@ -70,6 +72,17 @@ class Saved:
 
     def rows(self, k: slice) -> Saved:
         return Saved(self.cum[k], self.past[k], self.own[k], self.states[:, k], self.end[:, k])
+
+
+def by_group(state: Tensor, groups: int) -> Tensor:
+    """State (b, H, p, n) as (g, b, n, h·p), without a copy where it is contiguous."""
+    return torch.unflatten(state, 1, (groups, -1)).flatten(2, 3).permute(1, 0, 3, 2)
+
+
+def by_head(state: Tensor, heads: int) -> Tensor:
+    """The inverse for ``heads`` heads of each group, contiguous."""
+    parts = torch.unflatten(state, -1, (heads, -1))
+    return parts.permute(1, 0, 3, 4, 2).flatten(1, 2).contiguous()
 
 
 def chunk_marks(segment: Tensor, chunk: int, dtype: torch.dtype) -> Marks:
