@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recur.models.conv import conv_backward, conv_forward, next_window
-from recur.models.ssd import TILE_STEPS, direct, scan_tile, scan_tile_backward
+from recur.models.ssd import TILE_STEPS, chunk_length, direct, scan_tile, scan_tile_backward
 from recur.models.ssd_kernels import Saved, by_group, by_head, chunk_marks
 from recur.models.tiles import tile_rows, tiles, totals
 
@@ -242,7 +242,7 @@ def fused_layer(
     than the sequence; ``lengths`` (B,) and ``segment`` (B, T) as in :mod:`recur.models.conv`.
     """
     length = u.shape[1]
-    chunk = max(1, min(s.chunk, length))
+    chunk = chunk_length(length, s.chunk)
     short = -length % chunk
     live = None
     if short or lengths is not None:

@@ -52,8 +52,8 @@ class Saved:
     """(b, c, Q, g, h): sums of dt·A within chunks, in float64."""
     past: Tensor
     """(b, c, Q, g, h, p): y without self term and skip."""
-    own: Tensor
-    """(b, c, Q, g): C_i·B_i."""
+    scores: Tensor
+    """(g, b, c, Q, Q): C_i·B_j."""
     states: Tensor
     """(g, b, c, n, h·p): e^mid · state that enters each chunk (scaled), or that state itself (exact)."""
     end: Tensor
@@ -63,15 +63,20 @@ class Saved:
     def room(like: Tensor, shape: tuple[int, ...], n: int) -> Saved:
         """For inputs x of ``shape`` (b, c, Q, g, h, p) and n states; the type of ``like``."""
         b, c, q, g, h, p = shape
-        rest = (shape, (b, c, q, g), (g, b, c, n, h * p), (g, b, n, h * p))
+        rest = (shape, (g, b, c, q, q), (g, b, c, n, h * p), (g, b, n, h * p))
         cum = like.new_empty(shape[:-1], dtype=torch.float64)
         return Saved(cum, *(like.new_empty(s) for s in rest))
 
     def parts(self) -> tuple[Tensor, ...]:
-        return self.cum, self.past, self.own, self.states, self.end
+        return self.cum, self.past, self.scores, self.states, self.end
 
     def rows(self, k: slice) -> Saved:
-        return Saved(self.cum[k], self.past[k], self.own[k], self.states[:, k], self.end[:, k])
+        return Saved(self.cum[k], self.past[k], self.scores[:, k], self.states[:, k], self.end[:, k])
+
+    @property
+    def own(self) -> Tensor:
+        """(b, c, Q, g): C_i·B_i."""
+        return self.scores.diagonal(dim1=3, dim2=4).permute(1, 2, 3, 0)
 
 
 def by_group(state: Tensor, groups: int) -> Tensor:
@@ -116,12 +121,20 @@ def _per_head(products: Tensor, heads: int) -> Tensor:
 
 
 def _seen(scores: Tensor, marks: Marks | None, up_to: int = 0) -> Tensor:
-    """In place, scores (b·c, Q, Q) of the steps j ≤ i + ``up_to`` of the same sequence, 0 elsewhere."""
-    return (scores if marks is None else scores.mul_(marks.same)).tril_(up_to)
+    """Scores (b·c, Q, Q) of the steps j ≤ i + ``up_to`` of the same sequence, 0 elsewhere."""
+    return torch.tril(scores if marks is None else scores * marks.same, up_to)
 
 
-def _diagonal(scores: Tensor, b: int) -> Tensor:
-    return scores.diagonal(dim1=1, dim2=2).view(b, -1, scores.shape[1])
+def _scores(C: Tensor, B: Tensor, marks: Marks | None, to: Tensor) -> Tensor:
+    """Write C_i·B_j of one group, C and B (b·c, Q, n), ``to`` (b, c, Q, Q) → those of the steps j < i."""
+    flat = to.view(len(C), C.shape[1], -1)
+    torch.bmm(C, B.transpose(1, 2), out=flat)
+    return _seen(flat, marks, -1)
+
+
+def _dot(a: Tensor, b: Tensor, scratch: Tensor) -> Tensor:
+    """Sum of a ∘ b over the last dimension in float64; the products are written over ``scratch``."""
+    return torch.mul(a, b, out=scratch).sum(-1).double()
 
 
 def _exp(logs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -217,9 +230,7 @@ def scaled_forward(
     _carry([*to.states.unbind(2), to.end], new, _wide(_alive(step, marks), p))
     for i in range(g):
         y = _flat(to.past, i)
-        scores = torch.bmm(_flat(C, i), _flat(B, i).transpose(1, 2))
-        to.own[..., i] = _diagonal(scores, b)
-        torch.bmm(_seen(scores, marks, -1), _flat(xs, i), out=y)
+        torch.bmm(_scores(_flat(C, i), _flat(B, i), marks, to.scores[i]), _flat(xs, i), out=y)
         y.baddbmm_(_flat(Cm, i), to.states[i].view(b * c, -1, h * p))
     to.past.mul_(u.unsqueeze(-1))
 
@@ -239,7 +250,7 @@ def scaled_backward(
 
     → d(dt) without the self term and its way through dt·A, d(dt·A), d(state).
     """
-    b, c, _, g, h, p = x.shape
+    b, c, q, g, h, p = x.shape
     u, grow = _factors(saved.cum, x.dtype)
     v = grow * dt
     xs, dys = x * v.unsqueeze(-1), dy * u.unsqueeze(-1)
@@ -253,7 +264,7 @@ def scaled_backward(
     dx, dB, dC = to
     for i in range(g):
         Ci, Bi, xi, di, dxi = (_flat(t, i) for t in (C, B, xs, dys, dx))
-        scores = _seen(torch.bmm(Ci, Bi.transpose(1, 2)), marks, -1)
+        scores = _seen(saved.scores[i].view(b * c, q, q), marks, -1)
         torch.bmm(scores.transpose(1, 2), di, out=dxi)
         dxi.baddbmm_(_flat(Bm, i), dnew[i].view(b * c, -1, h * p))
         dscores = _seen(torch.bmm(di, xi.transpose(1, 2), out=scores), marks)
@@ -263,8 +274,8 @@ def scaled_backward(
         torch.mul(dnew[:, :, :-1], saved.states[:, :, 1:], out=into[:, :, 1:]), dend, saved.end, h
     )
     leaving[:, :-1] /= step[:, 1:]
-    r = torch.linalg.vecdot(dx, x).double()
-    dcum = torch.linalg.vecdot(dy, saved.past).double() - r * v
+    r = _dot(dx, x, xs)
+    dcum = _dot(dy, saved.past, xs) - r * v
     dcum[:, :, -1] += leaving
     dx.mul_(v.unsqueeze(-1))
     return r * grow, _log_decay_gradient(dcum), dstate
@@ -283,9 +294,7 @@ def exact_forward(
     _carry([*to.states.unbind(2), to.end], new, _wide(through, p))
     reach = _exp(cum, x.dtype).unsqueeze(-1)
     for i in range(g):
-        scores = torch.bmm(_flat(C, i), _flat(B, i).transpose(1, 2))
-        to.own[..., i] = _diagonal(scores, b)
-        _seen(scores, marks, -1)
+        scores = _scores(_flat(C, i), _flat(B, i), marks, to.scores[i])
         carried = torch.bmm(_flat(Cm, i), to.states[i].view(b * c, -1, h * p)).view(b, c, q, h, p)
         for k in range(h):
             seen = _decay_matrix(cum, i, k, x.dtype).mul_(scores)
@@ -318,7 +327,7 @@ def exact_backward(
     dx, dB, dC = to
     for i in range(g):
         Ci, Bi = _flat(C, i), _flat(B, i)
-        scores = _seen(torch.bmm(Ci, Bi.transpose(1, 2)), marks, -1)
+        scores = _seen(saved.scores[i].view(b * c, q, q), marks, -1)
         dscores = torch.zeros_like(scores)
         carried = torch.bmm(_flat(Bm, i), dnew[i].view(b * c, -1, h * p)).view(b, c, q, h, p)
         for k in range(h):
@@ -332,8 +341,8 @@ def exact_backward(
         left = (saved.states[i], dnew[i], marks, _flat(dB, i), _flat(dC, i))
         _products(dscores, _flat(dyu, i), _flat(xw, i), Bi, Ci, *left)
     products = torch.mul(dnew[:, :, :-1], saved.states[:, :, 1:], out=into[:, :, 1:])
-    r = torch.linalg.vecdot(dx, x).double()
-    dcum = torch.linalg.vecdot(dy, saved.past).double() - r * dt
+    r = _dot(dx, x, xw)
+    dcum = _dot(dy, saved.past, xw) - r * dt
     dcum[:, :, -1] += _leaving(products, dend, saved.end, h)
     dx.mul_(dt.unsqueeze(-1))
     return r, _log_decay_gradient(dcum), dstate
