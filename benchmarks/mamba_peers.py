@@ -62,17 +62,17 @@ class ListingMixer(nn.Module):
         return self.out_proj(self.norm(y.flatten(2) * nn.functional.silu(z)))
 
     def step(self, u: Tensor, conv: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """u (B, d), conv (B, C, 4), state (B, H, P, N)."""
+        """u (B, d), conv (B, C, 4), state (B, H, P, N): both are written over, as the public implementations do."""
         n = self.d_state
         z, xbc, dt = self.in_proj(u).split([self.inner, self.inner + 2 * n, len(self.D)], -1)
-        conv = torch.roll(conv, -1, -1)
+        conv.copy_(torch.roll(conv, -1, -1))
         conv[:, :, -1] = xbc
         xbc = nn.functional.silu((conv * self.conv1d.weight[:, 0]).sum(-1) + self.conv1d.bias)
         x, B, C = xbc.split([self.inner, n, n], -1)
         x = x.unflatten(-1, (-1, self.head))
         dt = nn.functional.softplus(dt + self.dt_bias)
         dBx = torch.einsum("bh,bn,bhp->bhpn", dt, B, x)
-        state = state * (dt * -self.A_log.exp()).exp()[..., None, None] + dBx
+        state.copy_(state * (dt * -self.A_log.exp()).exp()[..., None, None] + dBx)
         y = torch.einsum("bhpn,bn->bhp", state, C) + self.D[:, None] * x
         return self.out_proj(self.norm(y.flatten(1) * nn.functional.silu(z))), conv, state
 

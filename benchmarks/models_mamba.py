@@ -281,6 +281,7 @@ def stepping(symbols: int, rounds: int) -> Results:
         "recur": ours.init_state(symbols),
         "compiled": ours.init_state(symbols),
         "in place": ours.init_state(symbols),
+        "compiled in place": ours.init_state(symbols),
         "plain": (
             torch.zeros(symbols, 2 * WIDTH + 2 * STATE, 4),
             torch.zeros(symbols, 2 * WIDTH // HEAD, HEAD, STATE),
@@ -316,8 +317,12 @@ def stepping(symbols: int, rounds: int) -> Results:
         with torch.no_grad():
             _, held["compiled"] = fast(u, held["compiled"])
 
+    def compiled_over() -> None:
+        with torch.no_grad():
+            _, held["compiled in place"] = fast(u, held["compiled in place"], inplace=True)
+
     if any(map(shutil.which, ("g++", "clang++"))):
-        jobs["recur, compiled"] = compiled
+        jobs |= {"recur, compiled": compiled, "recur, compiled, in place": compiled_over}
     else:
         print("no C++ compiler: the compiled step is left out")
     taken = interleaved(jobs, rounds, warm=5)

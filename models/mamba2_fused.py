@@ -17,9 +17,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recur.models.conv import conv_backward, conv_forward, next_window
-from recur.models.ssd import TILE_STEPS, chunk_length, direct, scan_tile, scan_tile_backward
+from recur.models.ssd import chunk_length, direct, scan_tile, scan_tile_backward
 from recur.models.ssd_kernels import Saved, by_group, by_head, chunk_marks
 from recur.models.tiles import tile_rows, tiles, totals
+
+TILE_STEPS = 4096
+"""Steps (batch times time) of one tile."""
 
 
 @dataclass(frozen=True, slots=True)

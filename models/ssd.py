@@ -38,8 +38,8 @@ CHUNK = 64
 """Longest chunk: half as many states to write and read as with 32 outweigh the longer products within chunks."""
 SCALED_BELOW = 80.0
 """Largest Σ|dt·A| of a chunk for the scaled form: its factors stay within e^±40."""
-TILE_STEPS = 2048
-"""Steps (batch times time) of one tile on a CPU, for each thread that works on it."""
+TILE_STEPS = 16384
+"""Steps (batch times time) of one tile on a CPU, for each thread that works on it: bounds the memory between the ends."""
 
 
 def cumulate(dt: Tensor, A: Tensor) -> tuple[Tensor, bool]:
