@@ -255,7 +255,10 @@ def _step_rows(
     if len(state) <= STEP_ROWS or state.device.type != "cpu" or torch.is_grad_enabled():
         seen = torch.bmm(C, state.transpose(1, 2))  # a row times a matrix: a column takes three times as long
         return seen, (state.mul_(decay) if inplace else state * decay).addcmul_(into, B)
-    seen, after = state.new_empty(len(state), 1, state.shape[1]), state if inplace else torch.empty_like(state)
+    seen, after = (
+        state.new_empty(len(state), 1, state.shape[1]),
+        state if inplace else torch.empty_like(state),
+    )
     parts = (torch.split(t, STEP_ROWS) for t in (decay, into, B, C, state, after, seen))
     for factor, x_t, b_t, c_t, old, new, out in zip(*parts, strict=True):
         torch.bmm(c_t, old.transpose(1, 2), out=out)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recur.models import ssd as ssd_module
-from recur.models.ssd import CHUNK, ssd, ssd_step
+from recur.models.ssd import CHUNK, chunk_length, ssd, ssd_step
+from recur.models.ssd_kernels import by_group, by_head
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "state")
 LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7, 257)
@@ -30,8 +31,7 @@ def loop(
     segment: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S = e^(dt A) S + dt B xᵀ, y = Cᵀ S + D x, one token and one head after the other."""
-    b, length, h, p = x.shape
-    g, n = B.shape[2:]
+    length, h, g = x.shape[1], x.shape[2], B.shape[2]
     S = list(state.transpose(-1, -2).unbind(1))
     ys = []
     for t in range(length):
@@ -212,6 +212,27 @@ def test_the_published_chunk_scan_gives_the_same_numbers(groups: int) -> None:
     ours, last = call(a)
     assert (ours - y).abs().max() / y.abs().max() < 1e-6
     assert (last - end).abs().max() / end.abs().max() < 1e-6
+
+
+def test_chunks_are_as_long_as_they_may_be_and_leave_little_padding() -> None:
+    assert [chunk_length(n, 64) for n in (1, 63, 64, 65, 96, 168, 257, 1000)] == [
+        1,
+        63,
+        64,
+        40,
+        48,
+        56,
+        56,
+        64,
+    ]
+
+
+def test_states_by_group_and_by_head_are_the_same_numbers() -> None:
+    state = inputs(1, 2, batch=3)["state"]
+    grouped = by_group(state, 2)
+    assert grouped.shape == (2, 3, 5, 12)
+    assert grouped[1, 2, 4, 6 + 5] == state[2, 3, 5, 4]
+    assert torch.equal(by_head(grouped, 2), state)
 
 
 def test_a_step_of_many_rows_equals_the_same_step_with_gradients() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
 from recur.models.interface import State, Steps
+from recur.models.mamba2 import Mamba2Mixer
 from recur.models.residual import Stack
 
 PATTERNS = ["M", "S", "*", "M-M*-"]
@@ -82,3 +85,22 @@ def test_with_gradients_nothing_is_written_over(pattern: str) -> None:
     y.sum().backward()  # type: ignore[no-untyped-call]
     for name, part in state.items():
         assert torch.equal(part, before[name]), name
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+def test_compiled_and_written_over_its_state_a_step_gives_the_same() -> None:
+    torch.manual_seed(0)
+    mixer = Mamba2Mixer(16, groups=2).double()
+    step, plain = torch.compile(mixer.step), mixer.init_state(70)
+    parts = copied(plain)
+    where = {name: part.data_ptr() for name, part in parts.items()}
+    with torch.no_grad():
+        for u_t in torch.randn(3, 70, 16, dtype=torch.float64):
+            y, plain = mixer.step(u_t, plain)
+            y_own, parts = step(u_t, parts, inplace=True)
+            assert (y_own - y).abs().max() < 1e-12
+    for name, part in plain.items():
+        assert (parts[name] - part).abs().max() < 1e-12, name
+        assert parts[name].data_ptr() == where[name], name
