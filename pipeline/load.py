@@ -152,7 +152,7 @@ def _usable_scores(store: Store, items: pl.DataFrame, run: str) -> pl.DataFrame:
     """The scores of a sentiment run, without those that know what the price did next.
 
     A run whose labels the market made has seen the prices up to the end of its training window: what it says of items of
-    before is no forecast. Raises DataMissing when there are no scores, or none of later.
+    before is no forecast. Raises DataMissing when there are no scores, none of later, or nothing tells of the labels.
     """
     scores = store.sentiment(run)
     if scores.is_empty():
@@ -181,10 +181,17 @@ def _usable_scores(store: Store, items: pl.DataFrame, run: str) -> pl.DataFrame:
 def _prices_learned_until(home: Path, run: str) -> int | None:
     """Until when the market labelled the texts of a sentiment run, or of one that it was begun from; None: never.
 
-    A run whose folder is gone tells nothing of its labels: it counts as one of human labels.
+    Raises DataMissing where the folder of one of them is gone: its labels may have been the prices themselves.
     """
     name: str | None = run
-    while name and (folder := RunFolder(home, name)).manifest.exists():
+    while name:
+        folder = RunFolder(home, name)
+        if not folder.manifest.exists():
+            of = run if name == run else f"{run} was begun from {name}, which"
+            raise DataMissing(
+                f"{of} is no longer in {home / 'runs'}: nothing tells whether its labels were prices.",
+                "Bring its folder back, or score the news with a run that is there and name it in features.news_run.",
+            )
         manifest = folder.read_manifest()
         if isinstance(manifest.get("labels"), dict):
             return parse_time(str(manifest["training_window"]["until"]))
