@@ -195,7 +195,7 @@ def table(folder: Path) -> str:
                 cells.append("")
                 continue
             mean, best = statistics.mean(scores), max(scores)
-            text = f"{100 * max(mean, -9.99):.0f} %"
+            text = f"{round(100 * max(mean, -9.99))} %"
             cells.append(
                 f"**{text}**"
                 if mean >= SOLVED

@@ -118,9 +118,10 @@ def test_sequences_that_begin_inside_a_row_equal_the_token_loop(groups: int, str
     assert max(worst(run(ssd, given_, segment), run(loop, given_, segment)).values()) < 1e-12
 
 
+@pytest.mark.parametrize("seed", [0, 2, 4, 5, 7])
 @pytest.mark.parametrize("strong", [False, True])
-def test_float32_stays_within_two_millionths_of_the_float64_loop(strong: bool) -> None:
-    given_ = inputs(400, strong=strong)
+def test_float32_stays_within_two_millionths_of_the_float64_loop(strong: bool, seed: int) -> None:
+    given_ = inputs(400, strong=strong, seed=seed)
     single = {k: v.float() for k, v in given_.items()}
     exact = run(loop, {k: v.double() for k, v in single.items()})
     off = worst(run(ssd, single), exact)
