@@ -11,11 +11,14 @@ holds one after the other, 0 for the one that the window belongs to: a tap never
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 
 def _same(segment: Tensor, lag: int, dtype: torch.dtype) -> Tensor:
@@ -55,23 +58,45 @@ def conv_backward(
     segment: Tensor | None,
     dx: Tensor,
     dweight: Tensor,
+    compiled: bool = False,
 ) -> Tensor:
     """Gradient of :func:`conv_forward`: writes ``dx`` (B, T, C), adds to ``dweight`` (K, C), returns dwindow."""
     length, taps = x.shape[1], weight.shape[1]
     w = weight.t().contiguous()
     dwindow = torch.zeros_like(window)
-    torch.mul(dy, w[-1], out=dx)
-    dweight[-1] += (dy * x).sum((0, 1))
+    whole = compiled and segment is None
+    if whole:
+        dweight += compiled_loop()(dy, x, w, window, dx)
+    else:
+        torch.mul(dy, w[-1], out=dx)
+        dweight[-1] += (dy * x).sum((0, 1))
     for lag in range(1, taps):
         tap, n = w[-1 - lag], min(lag, length)
-        if length > lag:
+        if length > lag and not whole:
             late = dy[:, lag:] if segment is None else dy[:, lag:] * _same(segment, lag, x.dtype)
             dx[:, :-lag].addcmul_(late, tap)
             dweight[taps - 1 - lag] += (late * x[:, :-lag]).sum((0, 1))
         early = dy[:, :n] if segment is None else dy[:, :n] * _begun(segment, n, x.dtype)
         dwindow[:, taps - 1 - lag :][:, :n].addcmul_(early, tap)
-        dweight[taps - 1 - lag] += (early * window[:, taps - 1 - lag :][:, :n]).sum((0, 1))
+        if not whole:
+            dweight[taps - 1 - lag] += (early * window[:, taps - 1 - lag :][:, :n]).sum((0, 1))
     return dwindow
+
+
+def _one_loop(dy: Tensor, x: Tensor, w: Tensor, window: Tensor, dx: Tensor) -> Tensor:
+    """:func:`conv_backward` of rows of one sequence, without dwindow, w (K, C) → dweight (K, C): slow as it stands, one
+    pass over memory where it is compiled."""
+    length, taps = x.shape[1], len(w)
+    before, after = torch.cat([window, x], 1), F.pad(dy, (0, 0, 0, taps - 1))
+    dx.copy_(reduce(torch.add, [after[:, taps - 1 - k :][:, :length] * w[k] for k in range(taps)]))
+    return torch.stack([(dy * before[:, k : k + length]).sum((0, 1)) for k in range(taps)])
+
+
+@cache
+def compiled_loop() -> Callable[..., Tensor]:
+    """:func:`_one_loop`, compiled when it is first called."""
+    loop: Callable[..., Tensor] = torch.compile(_one_loop)
+    return loop
 
 
 class _Conv(torch.autograd.Function):

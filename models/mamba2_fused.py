@@ -120,6 +120,7 @@ class _Layer(torch.autograd.Function):
         lengths: Tensor | None,
         live: Tensor | None,
         segment: Tensor | None,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         b, length, _ = u.shape
         rows = tile_rows(b, length, u.device, TILE_STEPS)
@@ -151,7 +152,7 @@ class _Layer(torch.autograd.Function):
             u, w_in, conv_w, conv_b, dt_bias, A, D, norm_w, w_out, window, lengths, live, segment, zx, rstd,
             *saved.parts(),
         )  # fmt: skip
-        ctx.s, ctx.rows = s, rows
+        ctx.s, ctx.rows, ctx.compiled = s, rows, compiled
         ctx.set_materialize_grads(False)
         return out, last, by_head(saved.end, s.heads)
 
@@ -196,7 +197,7 @@ class _Layer(torch.autograd.Function):
             for part, pre, dpart in zip(to, s.split(t.pre), s.split(dpre), strict=True):
                 torch.ops.aten.silu_backward.grad_input(part.view(pre.shape), pre, grad_input=dpart)
             dconv = torch.zeros_like(conv_w.t())
-            dwindow_k = conv_backward(dpre, t.raw, conv_w, window[k], segment_k, draw, dconv)
+            dwindow_k = conv_backward(dpre, t.raw, conv_w, window[k], segment_k, draw, dconv, ctx.compiled)
             if dlast is not None:
                 from_raw, from_window = _through_window(t.raw, window[k], lengths_k, segment_k, dlast[k])
                 draw += from_raw
@@ -215,7 +216,7 @@ class _Layer(torch.autograd.Function):
         dwide, dconv, dconv_b, ddt_bias, dA, dD, dback = totals([tile(k) for k in tiles(b, ctx.rows)])
         return (
             None, du, dwide[: w_in.shape[0]], dconv.t(), dconv_b, ddt_bias, dA.view_as(A), dD.view(-1),
-            (dback * w_out).sum(0), dback * norm_w, dwindow, dstate, None, None, None,
+            (dback * w_out).sum(0), dback * norm_w, dwindow, dstate, None, None, None, None,
         )  # fmt: skip
 
 
@@ -230,6 +231,7 @@ def _through_window(
     return got[0], got[1]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def fused_layer(
     s: Shape,
     u: Tensor,
@@ -238,8 +240,12 @@ def fused_layer(
     state: Tensor,
     lengths: Tensor | None,
     segment: Tensor | None,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """u (B, T, d) → output (B, T, d), next window, next state.
+
+    A compiler sees nothing of it: it would break up at every product that is written to its place. ``compiled`` is
+    what it may do instead, the convolution's way back as one loop.
 
     ``weights``: in_proj, convolution (C, K) and its bias, dt bias, A, D, norm, out_proj. ``s.chunk`` may be longer
     than the sequence; ``lengths`` (B,) and ``segment`` (B, T) as in :mod:`recur.models.conv`.
@@ -257,6 +263,6 @@ def fused_layer(
             segment = torch.cat([segment, segment[:, -1:].expand(-1, short)], 1)
     s = Shape(s.groups, s.heads, s.head, s.state, chunk, s.eps)
     y, window, state = _Layer.apply(  # type: ignore[no-untyped-call]
-        s, u.contiguous(), *weights, window, state, lengths, live, segment
+        s, u.contiguous(), *weights, window, state, lengths, live, segment, compiled
     )
     return y[:, :length], window, state

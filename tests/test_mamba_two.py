@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from typing import Any
 
 import pytest
@@ -41,6 +42,22 @@ def gradients(
         | {"u": u.grad}
     )
     return {"y": y.detach(), **{k: v.clone() for k, v in out.items() if v is not None}}
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+@pytest.mark.parametrize("kind", ["plain", "padded", "resets"])
+def test_compiled_the_layer_gives_the_same_output_and_gradients(kind: str) -> None:
+    made, u = mixer(2), torch.randn(3, 70, 12, dtype=torch.float64)
+    lengths = torch.tensor([70, 35, 0]) if kind == "padded" else None
+    segment = (torch.arange(70) >= torch.tensor([[20], [69], [70]])).long() if kind == "resets" else None
+    one, other = (
+        gradients(made, way, u, lengths, segment) for way in (made.forward, torch.compile(made.forward))
+    )
+    assert one.keys() == other.keys() and len(one) == 12
+    for name in one:
+        assert (one[name] - other[name]).abs().max() < 1e-11, name
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 31, 33, 70])

@@ -347,10 +347,14 @@ def test_scores_of_a_run_that_learned_the_prices_after_an_item_are_no_feature(
     with pytest.raises(DataMissing, match=r"All 238 scores of .* the prices after them are its labels"):
         stored_news(store, replace(config(), features=FeatureConfig(news=True, news_run=run.run_id)))
     shutil.rmtree(run.path)
-    with pytest.raises(DataMissing, match=f"{child.run_id} was begun from {run.run_id}, which is no longer in"):
+    with pytest.raises(
+        DataMissing, match=f"{child.run_id} was begun from {run.run_id}, which is no longer in"
+    ):
         stored_news(store, replace(config(), features=FeatureConfig(news=True, news_run=child.run_id)))
     shutil.rmtree(child.path)
-    with pytest.raises(DataMissing, match=f"^{child.run_id} is no longer in .* whether its labels were prices"):
+    with pytest.raises(
+        DataMissing, match=f"^{child.run_id} is no longer in .* whether its labels were prices"
+    ):
         stored_news(store, replace(config(), features=FeatureConfig(news=True, news_run=child.run_id)))
 
 
