@@ -5,7 +5,7 @@
 Within chunks of Q steps the recurrence is a handful of matrix products; between chunks the state is carried. Two
 forms give the same numbers (:mod:`recur.models.ssd_kernels`): the exact one takes any decay and has finite gradients
 under the strongest; the scaled one is faster and is taken on a CPU where no chunk's sum of |dt·A| reaches
-``SCALED_BELOW``. On a CPU the batch is worked through in tiles that stay in the cache.
+``SCALED_BELOW``. On a CPU the batch is worked through in tiles, which bounds the memory between the ends.
 
 A step with dt = 0 leaves the state as it is. ``segment`` (B, T) counts the sequences that begin inside a row (0 up
 to the first beginning): where it rises the state is put back to zero before the step.
@@ -145,7 +145,7 @@ class _SSD(torch.autograd.Function):
 
 
 def chunk_length(length: int, longest: int) -> int:
-    """Steps of equal chunks, ``longest`` at most, that leave little padding: a multiple of 8 where there are several."""
+    """Steps of equal chunks, ``longest`` at most: where there are several, of a multiple of 8 if ``longest`` is one."""
     if length <= longest:
         return max(1, length)
     chunks = -(-length // longest)
@@ -234,15 +234,18 @@ def ssd_step(
         if inplace:
             before.copy_(after)
     else:
-        flat = (b * g, -1, 1)
+        wide = h // g * p
+        flat = (b * g, wide, 1)
         seen, after = _step_rows(
             decay.expand_as(into).reshape(flat),
             into.reshape(flat),
             B.reshape(b * g, 1, n),
             C.reshape(b * g, 1, n),
-            state.view(b * g, -1, n) if inplace else state.reshape(b * g, -1, n),
+            state.reshape(b * g, wide, n),
             inplace,
         )
+        if inplace and after.data_ptr() != state.data_ptr():  # strides that no view could keep
+            state.copy_(after.view(state.shape))
     own = torch.addcmul(D.view(g, -1), (B * C).sum(-1, keepdim=True), dt.view(heads)).unsqueeze(-1)
     y = torch.addcmul(own * x.view(*heads, p), seen.view(*heads, p), decay)
     return y.view(x.shape), state if inplace else after.view(state.shape)

@@ -1,4 +1,4 @@
-"""Independent tiles of a batch, worked on one after the other: what a tile needs stays in the cache of a CPU."""
+"""Independent tiles of a batch, worked on one after the other, so that a CPU needs memory for what lies between of one alone."""
 
 from __future__ import annotations
 

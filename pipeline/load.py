@@ -127,7 +127,7 @@ def stored_news(store: Store, config: Config, placebo: int | None = None) -> Ite
     """The stored news as the features read them, None where ``features.news`` is off.
 
     ``placebo``: seed of a shuffle of their times within each month. Raises DataMissing when there are no news, or no
-    scores of ``features.news_run``.
+    scores of ``features.news_run`` that are known to be forecasts.
     """
     f = config.features
     if not f.news:

@@ -129,6 +129,25 @@ def test_float32_stays_within_two_millionths_of_the_float64_loop(strong: bool, s
     assert max(off.values()) < 2e-6
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_float32_holds_up_to_the_edge_of_the_scaled_form(seed: int) -> None:
+    given_ = inputs(256, seed=seed, heads=1)
+    given_["dt"] = torch.full_like(given_["dt"], 79.9 / CHUNK)
+    given_["A"] = torch.full_like(given_["A"], -1.0)
+    single = {k: v.float() for k, v in given_.items()}
+    off = worst(run(ssd, single), run(loop, {k: v.double() for k, v in single.items()}))
+    assert off.pop("dA") < 1e-4
+    assert max(off.values()) < 2e-6
+
+
+def test_the_final_state_has_memory_of_its_own() -> None:
+    a = inputs(70, heads=1)
+    a |= {"x": a["x"][..., :1].clone().requires_grad_(), "state": a["state"][:, :, :1].clone()}
+    y, end = call(a)
+    end.detach().zero_()
+    torch.autograd.backward(y.sum())
+
+
 def test_the_two_forms_agree_and_each_is_taken_where_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[bool] = []
 

@@ -87,6 +87,19 @@ def test_with_gradients_nothing_is_written_over(pattern: str) -> None:
         assert torch.equal(part, before[name]), name
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_state_of_every_second_symbol_is_written_over_where_it_lies(groups: int) -> None:
+    torch.manual_seed(0)
+    mixer = Mamba2Mixer(16, groups=groups).double()
+    held = {name: torch.randn(10, *part.shape[1:]).double() for name, part in mixer.init_state(1).items()}
+    before, u = copied(held), torch.randn(5, 16).double()
+    with torch.no_grad():
+        _, after = mixer.step(u, {name: part[::2].clone() for name, part in held.items()})
+        mixer.step(u, {name: part[::2] for name, part in held.items()}, inplace=True)
+    for name, part in held.items():
+        assert torch.equal(part[::2], after[name]) and torch.equal(part[1::2], before[name][1::2]), name
+
+
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
