@@ -32,6 +32,7 @@ from recur.models.ssd import ssd
 
 WIDTH, STATE, HEAD, BATCH = 64, 64, 64, 64
 Job = Callable[[], object]
+COMPILER = any(map(shutil.which, ("g++", "clang++")))
 
 
 def interleaved(jobs: dict[str, Job], rounds: int, warm: int = 1) -> dict[str, float]:
@@ -98,7 +99,7 @@ def train_step(length: int, rounds: int) -> Results:
     layers = _layers()
     if length > 256:
         layers.pop("mambapy Mamba, pscan", None)  # gigabytes of saved values
-    if any(map(shutil.which, ("g++", "clang++"))):
+    if COMPILER:
         ours = layers["recur Mamba-2"][0]
         layers["recur Mamba-2, compiled"] = (ours, torch.compile(_ours(ours)))
     taken = interleaved({k: _train(*v, u, dy) for k, v in layers.items()}, rounds)
@@ -324,7 +325,7 @@ def stepping(symbols: int, rounds: int) -> Results:
         with torch.no_grad():
             _, held["compiled in place"] = fast(u, held["compiled in place"], inplace=True)
 
-    if any(map(shutil.which, ("g++", "clang++"))):
+    if COMPILER:
         jobs |= {"recur, compiled": compiled, "recur, compiled, in place": compiled_over}
     else:
         print("no C++ compiler: the compiled step is left out")

@@ -61,25 +61,24 @@ def conv_backward(
     compiled: bool = False,
 ) -> Tensor:
     """Gradient of :func:`conv_forward`: writes ``dx`` (B, T, C), adds to ``dweight`` (K, C), returns dwindow."""
-    length, taps = x.shape[1], weight.shape[1]
-    w = weight.t().contiguous()
+    taps, w = weight.shape[1], weight.t().contiguous()
     dwindow = torch.zeros_like(window)
-    whole = compiled and segment is None
-    if whole:
-        dweight += compiled_loop()(dy, x, w, window, dx)
-    else:
-        torch.mul(dy, w[-1], out=dx)
-        dweight[-1] += (dy * x).sum((0, 1))
     for lag in range(1, taps):
-        tap, n = w[-1 - lag], min(lag, length)
-        if length > lag and not whole:
-            late = dy[:, lag:] if segment is None else dy[:, lag:] * _same(segment, lag, x.dtype)
-            dx[:, :-lag].addcmul_(late, tap)
-            dweight[taps - 1 - lag] += (late * x[:, :-lag]).sum((0, 1))
+        n = min(lag, x.shape[1])
         early = dy[:, :n] if segment is None else dy[:, :n] * _begun(segment, n, x.dtype)
-        dwindow[:, taps - 1 - lag :][:, :n].addcmul_(early, tap)
-        if not whole:
-            dweight[taps - 1 - lag] += (early * window[:, taps - 1 - lag :][:, :n]).sum((0, 1))
+        of = slice(taps - 1 - lag, taps - 1 - lag + n)
+        dwindow[:, of].addcmul_(early, w[-1 - lag])
+        if not compiled or segment is not None:
+            dweight[-1 - lag] += (early * window[:, of]).sum((0, 1))
+    if compiled and segment is None:
+        dweight += compiled_loop()(dy, x, w, window, dx)
+        return dwindow
+    torch.mul(dy, w[-1], out=dx)
+    dweight[-1] += (dy * x).sum((0, 1))
+    for lag in range(1, min(taps, x.shape[1])):
+        late = dy[:, lag:] if segment is None else dy[:, lag:] * _same(segment, lag, x.dtype)
+        dx[:, :-lag].addcmul_(late, w[-1 - lag])
+        dweight[-1 - lag] += (late * x[:, :-lag]).sum((0, 1))
     return dwindow
 
 

@@ -1,8 +1,8 @@
 """A whole Mamba-2 layer as one node of the gradient graph, for a CPU.
 
 The same computation as the composed path of :class:`recur.models.mamba2.Mamba2Mixer`. Both directions go through the
-batch in tiles, so that little memory lies between the ends: projections, convolution, scan, gate and norm of a tile are done before the
-next one begins. Kept for the backward pass are the input, the projected values and what the scan saves; the
+batch in tiles, so that little memory lies between the ends: projections, convolution, scan, gate and norm of a tile
+are done before the next one begins. Kept for the backward pass are the input, the projected values and what the scan saves; the
 convolution and the gate are computed again, which is cheaper than to fetch them from memory.
 """
 

@@ -1,4 +1,4 @@
-"""Independent tiles of a batch, worked on one after the other, so that a CPU needs memory for what lies between of one alone."""
+"""Independent tiles of a batch, worked on one after the other: only one needs memory for what lies between the ends."""
 
 from __future__ import annotations
 
