@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recur.models.conv import conv_backward, conv_forward, next_window
-from recur.models.ssd import chunk_length, direct, scan_tile, scan_tile_backward
-from recur.models.ssd_kernels import Saved, by_group, by_head, chunk_marks
+from recur.models.ssd import chunk_length, scan_tile, scan_tile_backward
+from recur.models.ssd_kernels import Saved, by_group, by_head, chunk_marks, direct
 from recur.models.tiles import tile_rows, tiles, totals
 
 TILE_STEPS = 4096
@@ -136,10 +136,9 @@ class _Layer(torch.autograd.Function):
             live_k, segment_k, lengths_k = (None if m is None else m[k] for m in (live, segment, lengths))
             t = _tile(s, zx[k], conv_w, conv_b, dt_bias, window[k], live_k, segment_k)
             marks = None if segment_k is None else chunk_marks(segment_k, s.chunk, u.dtype)
-            to = saved.rows(k)
-            scaled = scan_tile(t.x, t.dt, A, t.B, t.C, by_group(state[k], s.groups), marks, to)
-            y = torch.addcmul(to.past, t.x, direct(to.own, t.dt, D)).view(t.z.shape)
-            gated = torch.unflatten(y.mul_(F.silu(t.z)), -1, (s.groups, -1))
+            before, y = by_group(state[k], s.groups), torch.empty_like(t.x)
+            scaled = scan_tile(t.x, t.dt, A, t.B, t.C, D, before, marks, saved.rows(k), y)
+            gated = torch.unflatten(y.view(t.z.shape).mul_(F.silu(t.z)), -1, (s.groups, -1))
             torch.rsqrt(
                 torch.linalg.vecdot(gated, gated).unsqueeze(-1).div_(gated.shape[-1]).add_(s.eps), out=rstd[k]
             )

@@ -49,18 +49,22 @@ def cumulate(dt: Tensor, A: Tensor) -> tuple[Tensor, bool]:
 
 
 def scan_tile(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, marks: Marks | None, to: Saved
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    marks: Marks | None,
+    to: Saved,
+    y: Tensor,
 ) -> bool:
-    """One tile forward, in the layouts of ``ssd_kernels``; True where the scaled form was taken."""
+    """One tile forward, in the layouts of ``ssd_kernels``: writes y; True where the scaled form was taken."""
     cum, scaled = cumulate(dt, A)
     to.cum.copy_(cum)
-    (scaled_forward if scaled else exact_forward)(x, dt, B, C, state, marks, to)
+    (scaled_forward if scaled else exact_forward)(x, dt, B, C, D, state, marks, to, y)
     return scaled
-
-
-def direct(own: Tensor, dt: Tensor, D: Tensor) -> Tensor:
-    """(b, c, Q, g, h, 1): what a step's input is multiplied by in its own output, D (g, h)."""
-    return torch.addcmul(D, own.unsqueeze(-1), dt).unsqueeze(-1)
 
 
 def scan_tile_backward(
@@ -79,9 +83,7 @@ def scan_tile_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One tile backward: writes dx, dB and dC ``to`` their places, → d(dt), dA (g, h), dD (g, h), d(state)."""
     backward = scaled_backward if scaled else exact_backward
-    ddt, da, dstate = backward(dy, dend, x, dt, B, C, saved, marks, to)
-    dyx = torch.linalg.vecdot(dy, x)
-    to[0].addcmul_(dy, direct(saved.own, dt, D))
+    ddt, da, dstate, dyx = backward(dy, dend, x, dt, B, C, D, saved, marks, to)
     ddt = ddt + dyx * saved.own.unsqueeze(-1) + da * A.view(dt.shape[3:])
     dA = (da * dt).sum((0, 1, 2)).to(dt.dtype)
     return ddt.to(dt.dtype), dA, dyx.sum((0, 1, 2)), dstate
@@ -109,10 +111,8 @@ class _SSD(torch.autograd.Function):
 
         def tile(k: slice) -> bool:
             marks = None if segment is None else chunk_marks(segment[k], chunk, x.dtype)
-            to = saved.rows(k)
-            scaled = scan_tile(x[k], dt[k], A, B[k], C[k], by_group(state[k], x.shape[3]), marks, to)
-            torch.addcmul(to.past, x[k], direct(to.own, dt[k], D), out=y[k])
-            return scaled
+            before = by_group(state[k], x.shape[3])
+            return scan_tile(x[k], dt[k], A, B[k], C[k], D, before, marks, saved.rows(k), y[k])
 
         ctx.scaled = [tile(k) for k in tiles(x.shape[0], rows)]
         ctx.save_for_backward(x, dt, A, B, C, D, segment, *saved.parts())

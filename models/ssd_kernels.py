@@ -24,10 +24,19 @@ go from one to the other.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from recur.models.tiles import tile_rows
+
+PIECE = 1 << 18
+"""Inputs of one group worked on at a time on a CPU: all that is made of them on the way fits the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +46,9 @@ class Marks:
     same: Tensor
     """(b·c, Q, Q): j ≤ i and no beginning between them."""
     head: Tensor
-    """(b, c, Q, 1, 1): the state that enters the chunk reaches the step."""
+    """(b·c, Q, 1): the state that enters the chunk reaches the step."""
     tail: Tensor
-    """(b, c, Q, 1, 1): the step reaches the state that leaves the chunk."""
+    """(b·c, Q, 1): the step reaches the state that leaves the chunk."""
     alive: Tensor
     """(b, c): the state that enters the chunk reaches the one that leaves it."""
 
@@ -53,7 +62,9 @@ class Saved:
     past: Tensor
     """(b, c, Q, g, h, p): y without self term and skip."""
     scores: Tensor
-    """(g, b, c, Q, Q): C_i·B_j."""
+    """(g, b·c, Q, Q): C_i·B_j of the steps j < i of the same sequence."""
+    own: Tensor
+    """(b, c, Q, g): C_i·B_i."""
     states: Tensor
     """(g, b, c, n, h·p): e^mid · state that enters each chunk (scaled), or that state itself (exact)."""
     end: Tensor
@@ -63,20 +74,17 @@ class Saved:
     def room(like: Tensor, shape: tuple[int, ...], n: int) -> Saved:
         """For inputs x of ``shape`` (b, c, Q, g, h, p) and n states; the type of ``like``."""
         b, c, q, g, h, p = shape
-        rest = (shape, (g, b, c, q, q), (g, b, c, n, h * p), (g, b, n, h * p))
+        rest = (shape, (g, b * c, q, q), (b, c, q, g), (g, b, c, n, h * p), (g, b, n, h * p))
         cum = like.new_empty(shape[:-1], dtype=torch.float64)
         return Saved(cum, *(like.new_empty(s) for s in rest))
 
     def parts(self) -> tuple[Tensor, ...]:
-        return self.cum, self.past, self.scores, self.states, self.end
+        return self.cum, self.past, self.scores, self.own, self.states, self.end
 
     def rows(self, k: slice) -> Saved:
-        return Saved(self.cum[k], self.past[k], self.scores[:, k], self.states[:, k], self.end[:, k])
-
-    @property
-    def own(self) -> Tensor:
-        """(b, c, Q, g): C_i·B_i."""
-        return self.scores.diagonal(dim1=3, dim2=4).permute(1, 2, 3, 0)
+        c = self.cum.shape[1]
+        scores, states, end = self.scores[:, k.start * c : k.stop * c], self.states[:, k], self.end[:, k]
+        return Saved(self.cum[k], self.past[k], scores, self.own[k], states, end)
 
 
 def by_group(state: Tensor, groups: int) -> Tensor:
@@ -98,43 +106,42 @@ def chunk_marks(segment: Tensor, chunk: int, dtype: torch.dtype) -> Marks:
     head, tail = seg == before.unsqueeze(-1), seg == seg[..., -1:]
     return Marks(
         same.view(-1, chunk, chunk).to(dtype),
-        head.to(dtype)[..., None, None],
-        tail.to(dtype)[..., None, None],
+        head.view(-1, chunk, 1).to(dtype),
+        tail.view(-1, chunk, 1).to(dtype),
         head[..., -1].to(dtype),
     )
 
 
-def _flat(t: Tensor, i: int) -> Tensor:
-    """Group i of (b, c, Q, g, …) as (b·c, Q, ·) without a copy."""
-    b, c, q = t.shape[:3]
-    return t[:, :, :, i].flatten(3).view(b * c, q, -1) if t.ndim > 5 else t[:, :, :, i].view(b * c, q, -1)
+def _group(t: Tensor, i: int) -> Tensor:
+    """Group i of (b, c, Q, g, …) as (b·c, Q, …), a view."""
+    return t[:, :, :, i].flatten(0, 1)
+
+
+def _pieces(x: Tensor, each: int, /, **parts: Tensor | None) -> Iterator[Any]:
+    """Rows of the batch to work on at a time, ``each`` numbers a row: namespaces of the parts, views all of them.
+
+    The first dimension of a part is b or b·c. They are split once, because to cut a view takes as long as a small sum.
+    """
+    b = x.shape[0]
+    rows = tile_rows(b, each, x.device, PIECE)
+    split = (repeat(None) if t is None else torch.split(t, rows * (t.shape[0] // b)) for t in parts.values())
+    for piece in zip(*split, strict=False):
+        yield SimpleNamespace(**dict(zip(parts, piece, strict=True)))
 
 
 def _wide(per_head: Tensor, p: int) -> Tensor:
-    """(b, c, g, h) as (g, b, c, 1, h·p), to multiply states with."""
-    return per_head.permute(2, 0, 1, 3).repeat_interleave(p, -1).unsqueeze(3)
+    """(b, c, h) as (b, c, 1, h·p), to multiply the states of a group with."""
+    return per_head.repeat_interleave(p, -1).unsqueeze(2)
 
 
-def _per_head(products: Tensor, heads: int) -> Tensor:
-    """Sum (g, b, c, n, h·p) over states and channels → (b, c, g, h)."""
-    return torch.unflatten(products.sum(3), -1, (heads, -1)).sum(-1).permute(1, 2, 0, 3)
+def _seen(scores: Tensor, same: Tensor | None, up_to: int = 0) -> Tensor:
+    """Puts scores (k, Q, Q) to zero but for the steps j ≤ i + ``up_to`` of the same sequence."""
+    return (scores if same is None else scores.mul_(same)).tril_(up_to)
 
 
-def _seen(scores: Tensor, marks: Marks | None, up_to: int = 0) -> Tensor:
-    """Scores (b·c, Q, Q) of the steps j ≤ i + ``up_to`` of the same sequence, 0 elsewhere."""
-    return torch.tril(scores if marks is None else scores * marks.same, up_to)
-
-
-def _scores(C: Tensor, B: Tensor, marks: Marks | None, to: Tensor) -> Tensor:
-    """Write C_i·B_j of one group, C and B (b·c, Q, n), ``to`` (b, c, Q, Q) → those of the steps j < i."""
-    flat = to.view(len(C), C.shape[1], -1)
-    torch.bmm(C, B.transpose(1, 2), out=flat)
-    return _seen(flat, marks, -1)
-
-
-def _dot(a: Tensor, b: Tensor, scratch: Tensor) -> Tensor:
-    """Sum of a ∘ b over the last dimension in float64; the products are written over ``scratch``."""
-    return torch.mul(a, b, out=scratch).sum(-1).double()
+def _dot(a: Tensor, b: Tensor, scratch: Tensor, to: Tensor) -> None:
+    """Write the sum of a ∘ b over the last dimension; the products are written over ``scratch``."""
+    torch.sum(torch.mul(a, b, out=scratch), -1, out=to)
 
 
 def _exp(logs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -148,15 +155,19 @@ def _factors(cum: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return u, u.reciprocal()
 
 
-def _decay_matrix(cum: Tensor, i: int, head: int, dtype: torch.dtype) -> Tensor:
-    """(b·c, Q, Q): e^(cum_i − cum_j) for j ≤ i, and 1 above: bounded before the exponential, for the scores to mask."""
-    s = cum[:, :, :, i, head].reshape(-1, cum.shape[2])
-    return (s.unsqueeze(-1) - s.unsqueeze(-2)).clamp_(max=0.0).to(dtype).exp_()
+def _decay_matrix(cum: Tensor, dtype: torch.dtype) -> Tensor:
+    """cum (…, Q) → (…, Q, Q): e^(cum_i − cum_j) for j ≤ i, and 1 above: bounded before the exponential, for the
+    scores to mask."""
+    return (cum.unsqueeze(-1) - cum.unsqueeze(-2)).to(dtype).clamp_(max=0.0).exp_()
 
 
 def _log_decay_gradient(dcum: Tensor) -> Tensor:
     """Reversed running sum within each chunk (dim 2), in float64."""
     return dcum.flip(2).cumsum(2).flip(2)
+
+
+def _masks(marks: Marks | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (None, None, None) if marks is None else (marks.same, marks.head, marks.tail)
 
 
 def _alive(factor: Tensor, marks: Marks | None) -> Tensor:
@@ -169,70 +180,77 @@ def _reached(B: Tensor, C: Tensor, marks: Marks | None) -> tuple[Tensor, Tensor]
     return (B, C) if marks is None else (B * marks.tail, C * marks.head)
 
 
-def _chunk_states(B: Tensor, xs: Tensor) -> Tensor:
-    """What each chunk adds to its state, Bᵀ xs → (g, b, c, n, h·p)."""
-    b, c, _, g, h, p = xs.shape
-    new = xs.new_empty(g, b, c, B.shape[-1], h * p)
-    for i in range(g):
-        torch.bmm(_flat(B, i).transpose(1, 2), _flat(xs, i), out=new[i].view(b * c, -1, h * p))
-    return new
+def _scores(C: Tensor, Bt: Tensor, same: Tensor | None, scores: Tensor, own: Tensor) -> None:
+    """Write C_i·B_j of the steps j < i, (k, Q, Q), and what stands on the diagonal, (k, Q)."""
+    torch.bmm(C, Bt, out=scores)
+    own.copy_(scores.diagonal(dim1=1, dim2=2))
+    _seen(scores, same, -1)
 
 
-def _products(
-    dscores: Tensor,
-    dys: Tensor,
-    xs: Tensor,
-    B: Tensor,
-    C: Tensor,
-    states: Tensor,
-    dnew: Tensor,
-    marks: Marks | None,
-    dB: Tensor,
-    dC: Tensor,
-) -> None:
-    """Write the gradients of B and C (b·c, Q, n) of one group, through scores and states (b, c, n, h·p)."""
-    torch.bmm(dys, states.view(len(dys), -1, dys.shape[2]).transpose(1, 2), out=dC)
-    torch.bmm(xs, dnew.view(len(xs), -1, xs.shape[2]).transpose(1, 2), out=dB)
-    if marks is not None:
-        dC.mul_(marks.head.view(len(dC), -1, 1))
-        dB.mul_(marks.tail.view(len(dB), -1, 1))
-    dB.baddbmm_(dscores.transpose(1, 2), C)
-    dC.baddbmm_(dscores, B)
+def _carry(first: Tensor, new: Tensor, through: Tensor, to: list[Tensor], order: int = 1) -> None:
+    """Write state_(k+1) = new_k + through_k ∘ state_k ``to`` places in turn, over the chunks k (dim 1 of the others);
+    ``order`` −1 takes the chunks from the last one."""
+    for n, factor, after in zip(new.unbind(1)[::order], through.unbind(1)[::order], to, strict=True):
+        torch.addcmul(n, first, factor, out=after)
+        first = after
 
 
-def _leaving(products: Tensor, dend: Tensor, end: Tensor, heads: int) -> Tensor:
-    """(b, c, g, h): ⟨dS', S'⟩ of the state that leaves each chunk, ``products`` being those of all but the last."""
-    last = _per_head((dend * end).unsqueeze(2), heads)
-    return torch.cat([_per_head(products, heads), last], 1)
+def _by_head(t: Tensor, factor: Tensor | None = None) -> Tensor:
+    """(k, Q, h, p) as (k·h, Q, p), times ``factor`` (k, Q, h, 1)."""
+    t = t.transpose(1, 2)
+    if factor is not None:
+        t = torch.mul(t, factor.transpose(1, 2), out=t.new_empty(t.shape))
+    return t.flatten(0, 1)
 
 
-def _carry(states: list[Tensor], new: Tensor, through: Tensor, backwards: bool = False) -> None:
-    """states_(k+1) = new_k + through_k ∘ states_k for the chunks k (dim 2 of the others), from the first of the list
-    on, which is there; ``backwards`` takes the chunks from the last one."""
-    order = -1 if backwards else 1
-    into, factors = new.unbind(2)[::order], through.unbind(2)[::order]
-    for before, n, factor, after in zip(states[:-1], into, factors, states[1:], strict=True):
-        torch.addcmul(n, before, factor, out=after)
+def _apart(t: Tensor, heads: int) -> Tensor:
+    """(k·h, Q, p) as (k, Q, h, p)."""
+    return torch.unflatten(t, 0, (-1, heads)).transpose(1, 2)
+
+
+def direct(own: Tensor, dt: Tensor, D: Tensor) -> Tensor:
+    """(…, h, 1): what a step's input is multiplied by in its own output, own (…), dt (…, h), D (h,)."""
+    return torch.addcmul(D, own.unsqueeze(-1), dt).unsqueeze(-1)
 
 
 def scaled_forward(
-    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor, marks: Marks | None, to: Saved
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    marks: Marks | None,
+    to: Saved,
+    y: Tensor,
 ) -> None:
-    """Write what each step receives from the steps before it, and the states; ``state`` (g, b, n, h·p) enters."""
-    b, c, _, g, h, p = x.shape
+    """Write y and what the way back needs; ``state`` (g, b, n, h·p) enters."""
+    c, q, g, h, p = x.shape[1:]
+    same, _, _ = _masks(marks)
     u, grow = _factors(to.cum, x.dtype)
-    xs = x * (grow * dt).unsqueeze(-1)
-    Bm, Cm = _reached(B, C, marks)
     half = u[:, :, -1]
     step = half * torch.cat([half[:, 1:], torch.ones_like(half[:, :1])], 1)
-    new = _chunk_states(Bm, xs).mul_(_wide(step, p))
-    torch.mul(state, _wide(half[:, :1], p)[:, :, 0], out=to.states[:, :, 0])
-    _carry([*to.states.unbind(2), to.end], new, _wide(_alive(step, marks), p))
+    through = _alive(step, marks)
     for i in range(g):
-        y = _flat(to.past, i)
-        torch.bmm(_scores(_flat(C, i), _flat(B, i), marks, to.scores[i]), _flat(xs, i), out=y)
-        y.baddbmm_(_flat(Cm, i), to.states[i].view(b * c, -1, h * p))
-    to.past.mul_(u.unsqueeze(-1))
+        xi, ui, vi, dti, Bi, Ci = (_group(t, i) for t in (x, u, grow * dt, dt, B, C))
+        past, own, yi = (_group(t, i) for t in (to.past, to.own, y))
+        Bm, Cm = _reached(Bi, Ci, marks)
+        torch.mul(state[i], _wide(half[:, :1, i], p)[:, 0], out=to.states[i, :, 0])
+        for t in _pieces(
+            x, c * q * h * p,
+            x=xi, u=ui.unsqueeze(-1), v=vi.unsqueeze(-1), dt=dti, C=Ci, Bt=Bi.mT, Cm=Cm, Bmt=Bm.mT,
+            same=same, step=_wide(step[:, :, i], p), through=_wide(through[:, :, i], p),
+            scores=to.scores[i], own=own, past=past, y=yi, states=to.states[i], end=to.end[i],
+        ):  # fmt: skip
+            xs, received = (t.x * t.v).flatten(2), t.past.flatten(2)
+            new = torch.bmm(t.Bmt, xs).view(t.states.shape).mul_(t.step)
+            first, *later = t.states.unbind(1)
+            _carry(first, new, t.through, [*later, t.end])
+            _scores(t.C, t.Bt, t.same, t.scores, t.own)
+            torch.bmm(t.scores, xs, out=received)
+            received.baddbmm_(t.Cm, t.states.flatten(0, 1))
+            t.past.mul_(t.u)
+            torch.addcmul(t.past, t.x, direct(t.own, t.dt, D[i]), out=t.y)
 
 
 def scaled_backward(
@@ -242,64 +260,118 @@ def scaled_backward(
     dt: Tensor,
     B: Tensor,
     C: Tensor,
+    D: Tensor,
     saved: Saved,
     marks: Marks | None,
     to: tuple[Tensor, Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Writes dx without the self term, dB and dC ``to`` tensors like x, B and C.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Writes dx, dB and dC ``to`` tensors like x, B and C.
 
-    → d(dt) without the self term and its way through dt·A, d(dt·A), d(state).
+    → d(dt) without the self term and its way through dt·A, d(dt·A), d(state), and ⟨dy, x⟩ of each step and head.
     """
-    b, c, q, g, h, p = x.shape
+    c, q, g, h, p = x.shape[1:]
+    same, head, tail = _masks(marks)
     u, grow = _factors(saved.cum, x.dtype)
-    v = grow * dt
-    xs, dys = x * v.unsqueeze(-1), dy * u.unsqueeze(-1)
-    Bm, Cm = _reached(B, C, marks)
-    half = u[:, :, -1]
-    step = half * torch.cat([torch.ones_like(half[:, :1]), half[:, :-1]], 1)
-    into = _chunk_states(Cm, dys).mul_(_wide(step, p))
-    dnew, dstate = torch.empty_like(into), torch.empty_like(dend)
-    torch.mul(dend, _wide(half[:, -1:], p)[:, :, 0], out=dnew[:, :, -1])
-    _carry([*dnew.unbind(2)[::-1], dstate], into, _wide(_alive(step, marks), p), backwards=True)
-    dx, dB, dC = to
+    v, half = grow * dt, u[:, :, -1]
+    ones = torch.ones_like(half[:, :1])
+    step, back = (half * torch.cat(t, 1) for t in ((half[:, 1:], ones), (ones, half[:, :-1])))
+    through = _alive(back, marks)
+    dstate = torch.empty_like(dend)
+    received, given, dyx, leaving = (x.new_empty(t.shape) for t in (dt, dt, dt, x[:, :, 0]))
     for i in range(g):
-        Ci, Bi, xi, di, dxi = (_flat(t, i) for t in (C, B, xs, dys, dx))
-        scores = _seen(saved.scores[i].view(b * c, q, q), marks, -1)
-        torch.bmm(scores.transpose(1, 2), di, out=dxi)
-        dxi.baddbmm_(_flat(Bm, i), dnew[i].view(b * c, -1, h * p))
-        dscores = _seen(torch.bmm(di, xi.transpose(1, 2), out=scores), marks)
-        _products(dscores, di, xi, Bi, Ci, saved.states[i], dnew[i], marks, _flat(dB, i), _flat(dC, i))
-    # step' is the factor between d(state) and what is carried back, so that the product is taken of what is at hand
-    leaving = _leaving(
-        torch.mul(dnew[:, :, :-1], saved.states[:, :, 1:], out=into[:, :, 1:]), dend, saved.end, h
-    )
-    leaving[:, :-1] /= step[:, 1:]
-    r = _dot(dx, x, xs)
-    dcum = _dot(dy, saved.past, xs) - r * v
-    dcum[:, :, -1] += leaving
-    dx.mul_(v.unsqueeze(-1))
-    return r * grow, _log_decay_gradient(dcum), dstate
+        xi, ui, vi, dti, Bi, Ci, own, dyi = (_group(t, i) for t in (x, u, v, dt, B, C, saved.own, dy))
+        dxi, dBi, dCi, past, ri, gi, dyxi = (_group(t, i) for t in (*to, saved.past, received, given, dyx))
+        Bm, Cm = _reached(Bi, Ci, marks)
+        for t in _pieces(
+            x, c * q * h * p,
+            dy=dyi, x=xi, u=ui.unsqueeze(-1), v=vi.unsqueeze(-1), skip=direct(own, dti, D[i]), B=Bi, C=Ci, Bm=Bm, Cmt=Cm.mT,
+            same=same, head=head, tail=tail,
+            back=_wide(back[:, :, i], p), through=_wide(through[:, :, i], p),
+            scores_t=saved.scores[i].mT, past=past, states=saved.states[i], end=saved.end[i],
+            dend=dend[i] * _wide(half[:, -1:, i], p)[:, 0], dx=dxi, dB=dBi, dC=dCi, dstate=dstate[i],
+            received=ri, given=gi, dyx=dyxi, leaving=leaving[:, :, i].flatten(2),
+        ):  # fmt: skip
+            xs, dys = t.x * t.v, t.dy * t.u
+            xf, df, dxf = xs.flatten(2), dys.flatten(2), t.dx.flatten(2)
+            into = torch.bmm(t.Cmt, df).view(t.states.shape).mul_(t.back)
+            dnew = _carried_back(into, t)
+            torch.bmm(t.scores_t, df, out=dxf)
+            dxf.baddbmm_(t.Bm, dnew.flatten(0, 1))
+            _products(_seen(torch.bmm(df, xf.mT), t.same), df, xf, dnew, t)
+            _sums(dnew, into, xs, t)
+            t.dx.mul_(t.v).addcmul_(t.dy, t.skip)
+    given, dcum = given.double(), received.double()
+    dcum -= given * v
+    dcum[:, :, -1] += torch.unflatten(leaving.flatten(2).double(), 2, (g, h, p)).sum(-1) / step
+    return given * grow, _log_decay_gradient(dcum), dstate, dyx
+
+
+def _carried_back(into: Tensor, t: Any) -> Tensor:
+    """Gradient of the state that leaves each chunk, (r, c, n, h·p); writes that of the state before the first."""
+    dnew = torch.empty_like(into)
+    *earlier, last = dnew.unbind(1)
+    last.copy_(t.dend)
+    _carry(last, into, t.through, [*earlier[::-1], t.dstate], -1)
+    return dnew
+
+
+def _products(dscores: Tensor, dys: Tensor, xs: Tensor, dnew: Tensor, t: Any) -> None:
+    """Write the gradients of B and C (k, Q, n), through scores and states."""
+    torch.bmm(dys, t.states.flatten(0, 1).mT, out=t.dC)
+    torch.bmm(xs, dnew.flatten(0, 1).mT, out=t.dB)
+    if t.same is not None:
+        t.dC.mul_(t.head)
+        t.dB.mul_(t.tail)
+    t.dB.baddbmm_(dscores.mT, t.C)
+    t.dC.baddbmm_(dscores, t.B)
+
+
+def _sums(dnew: Tensor, into: Tensor, scratch: Tensor, t: Any) -> None:
+    """Write the inner products that the gradient of the decay is made of; ``into`` and ``scratch`` are overwritten."""
+    torch.mul(dnew[:, :-1], t.states[:, 1:], out=into[:, :-1])
+    torch.mul(dnew[:, -1], t.end, out=into[:, -1])
+    torch.sum(into, 2, out=t.leaving)
+    _dot(t.dy, t.past, scratch, t.received)
+    _dot(t.dx, t.x, scratch, t.given)
+    _dot(t.dy, t.x, scratch, t.dyx)
 
 
 def exact_forward(
-    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor, marks: Marks | None, to: Saved
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    marks: Marks | None,
+    to: Saved,
+    y: Tensor,
 ) -> None:
     """As :func:`scaled_forward`, for any decay."""
-    (b, c, q, g, h, p), cum = x.shape, to.cum
-    xd = x * dt.unsqueeze(-1)
-    Bm, Cm = _reached(B, C, marks)
-    new = _chunk_states(Bm, xd * _exp(cum[:, :, -1:] - cum, x.dtype).unsqueeze(-1))
-    to.states[:, :, 0] = state
-    through = _alive(_exp(cum[:, :, -1], x.dtype), marks)
-    _carry([*to.states.unbind(2), to.end], new, _wide(through, p))
-    reach = _exp(cum, x.dtype).unsqueeze(-1)
+    c, q, g, h, p = x.shape[1:]
+    same, _, _ = _masks(marks)
+    to_end, reach = _exp(to.cum[:, :, -1:] - to.cum, x.dtype) * dt, _exp(to.cum, x.dtype)
+    through = _alive(reach[:, :, -1], marks)
     for i in range(g):
-        scores = _scores(_flat(C, i), _flat(B, i), marks, to.scores[i])
-        carried = torch.bmm(_flat(Cm, i), to.states[i].view(b * c, -1, h * p)).view(b, c, q, h, p)
-        for k in range(h):
-            seen = _decay_matrix(cum, i, k, x.dtype).mul_(scores)
-            inside = torch.bmm(seen, xd[:, :, :, i, k].reshape(b * c, q, p)).view(b, c, q, p)
-            torch.addcmul(inside, carried[:, :, :, k], reach[:, :, :, i, k], out=to.past[:, :, :, i, k])
+        xi, dti, cum, late, reach_i, Bi, Ci = (_group(t, i) for t in (x, dt, to.cum, to_end, reach, B, C))
+        past, own, yi = (_group(t, i) for t in (to.past, to.own, y))
+        Bm, Cm = _reached(Bi, Ci, marks)
+        to.states[i, :, 0] = state[i]
+        for t in _pieces(
+            x, c * q * h * max(p, q),
+            x=xi, dt=dti, cum=cum.mT.contiguous(), to_end=late.unsqueeze(-1), reach=reach_i.unsqueeze(-1),
+            C=Ci, Bt=Bi.mT, Cm=Cm, Bmt=Bm.mT, same=same, through=_wide(through[:, :, i], p),
+            scores=to.scores[i], own=own, past=past, y=yi, states=to.states[i], end=to.end[i],
+        ):  # fmt: skip
+            new = torch.bmm(t.Bmt, (t.x * t.to_end).flatten(2)).view(t.states.shape)
+            first, *later = t.states.unbind(1)
+            _carry(first, new, t.through, [*later, t.end])
+            _scores(t.C, t.Bt, t.same, t.scores, t.own)
+            decayed = _decay_matrix(t.cum, x.dtype).mul_(t.scores.unsqueeze(1))
+            inside = torch.bmm(decayed.flatten(0, 1), _by_head(t.x, t.dt.unsqueeze(-1)))
+            carried = torch.bmm(t.Cm, t.states.flatten(0, 1)).view(t.x.shape)
+            torch.addcmul(_apart(inside, h), carried, t.reach, out=t.past)
+            torch.addcmul(t.past, t.x, direct(t.own, t.dt, D[i]), out=t.y)
 
 
 def exact_backward(
@@ -309,40 +381,46 @@ def exact_backward(
     dt: Tensor,
     B: Tensor,
     C: Tensor,
+    D: Tensor,
     saved: Saved,
     marks: Marks | None,
     to: tuple[Tensor, Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`scaled_backward`, for any decay."""
-    (b, c, q, g, h, p), cum = x.shape, saved.cum
-    late = _exp(cum[:, :, -1:] - cum, x.dtype).unsqueeze(-1)
-    xd, dyu = x * dt.unsqueeze(-1), dy * _exp(cum, x.dtype).unsqueeze(-1)
-    xw = xd * late
-    Bm, Cm = _reached(B, C, marks)
-    into = _chunk_states(Cm, dyu)
-    dnew, dstate = torch.empty_like(into), torch.empty_like(dend)
-    dnew[:, :, -1] = dend
-    through = _alive(_exp(cum[:, :, -1], x.dtype), marks)
-    _carry([*dnew.unbind(2)[::-1], dstate], into, _wide(through, p), backwards=True)
-    dx, dB, dC = to
+    c, q, g, h, p = x.shape[1:]
+    same, head, tail = _masks(marks)
+    late, reach = (_exp(t, x.dtype) for t in (saved.cum[:, :, -1:] - saved.cum, saved.cum))
+    to_end = late * dt
+    through = _alive(reach[:, :, -1], marks)
+    dstate = torch.empty_like(dend)
+    received, given, dyx, leaving = (x.new_empty(t.shape) for t in (dt, dt, dt, x[:, :, 0]))
     for i in range(g):
-        Ci, Bi = _flat(C, i), _flat(B, i)
-        scores = _seen(saved.scores[i].view(b * c, q, q), marks, -1)
-        dscores = torch.zeros_like(scores)
-        carried = torch.bmm(_flat(Bm, i), dnew[i].view(b * c, -1, h * p)).view(b, c, q, h, p)
-        for k in range(h):
-            decay = _decay_matrix(cum, i, k, x.dtype)
-            dyk = dy[:, :, :, i, k].reshape(b * c, q, p)
-            dseen = torch.bmm(dyk, xd[:, :, :, i, k].reshape(b * c, q, p).transpose(1, 2))
-            dscores.addcmul_(dseen, decay)
-            inside = torch.bmm(decay.mul_(scores).transpose(1, 2), dyk).view(b, c, q, p)
-            torch.addcmul(inside, carried[:, :, :, k], late[:, :, :, i, k], out=dx[:, :, :, i, k])
-        dscores = _seen(dscores, marks)
-        left = (saved.states[i], dnew[i], marks, _flat(dB, i), _flat(dC, i))
-        _products(dscores, _flat(dyu, i), _flat(xw, i), Bi, Ci, *left)
-    products = torch.mul(dnew[:, :, :-1], saved.states[:, :, 1:], out=into[:, :, 1:])
-    r = _dot(dx, x, xw)
-    dcum = _dot(dy, saved.past, xw) - r * dt
-    dcum[:, :, -1] += _leaving(products, dend, saved.end, h)
-    dx.mul_(dt.unsqueeze(-1))
-    return r, _log_decay_gradient(dcum), dstate
+        xi, dti, cum, late_i, reach_i, end_i = (_group(t, i) for t in (x, dt, saved.cum, late, reach, to_end))
+        Bi, Ci, own, dyi = (_group(t, i) for t in (B, C, saved.own, dy))
+        dxi, dBi, dCi, past, ri, gi, dyxi = (_group(t, i) for t in (*to, saved.past, received, given, dyx))
+        Bm, Cm = _reached(Bi, Ci, marks)
+        for t in _pieces(
+            x, c * q * h * max(p, q),
+            dy=dyi, x=xi, dt=dti.unsqueeze(-1), cum=cum.mT.contiguous(), late=late_i.unsqueeze(-1),
+            reach=reach_i.unsqueeze(-1), to_end=end_i.unsqueeze(-1), skip=direct(own, dti, D[i]), B=Bi, C=Ci, Bm=Bm, Cmt=Cm.mT,
+            same=same, head=head, tail=tail,
+            through=_wide(through[:, :, i], p), scores=saved.scores[i], past=past, states=saved.states[i],
+            end=saved.end[i], dend=dend[i], dx=dxi, dB=dBi, dC=dCi, dstate=dstate[i],
+            received=ri, given=gi, dyx=dyxi, leaving=leaving[:, :, i].flatten(2),
+        ):  # fmt: skip
+            dyu, by_head = (t.dy * t.reach).flatten(2), _by_head(t.dy)
+            into = torch.bmm(t.Cmt, dyu).view(t.states.shape)
+            dnew = _carried_back(into, t)
+            decay = _decay_matrix(t.cum, x.dtype)
+            dseen = torch.bmm(by_head, _by_head(t.x, t.dt).mT).view(decay.shape).mul_(decay).sum(1)
+            inside = torch.bmm(decay.mul_(t.scores.unsqueeze(1)).flatten(0, 1).mT, by_head)
+            carried = torch.bmm(t.Bm, dnew.flatten(0, 1)).view(t.x.shape)
+            torch.addcmul(_apart(inside, h), carried, t.late, out=t.dx)
+            xw = t.x * t.to_end
+            _products(_seen(dseen, t.same), dyu, xw.flatten(2), dnew, t)
+            _sums(dnew, into, xw, t)
+            t.dx.mul_(t.dt).addcmul_(t.dy, t.skip)
+    given, dcum = given.double(), received.double()
+    dcum -= given * dt
+    dcum[:, :, -1] += torch.unflatten(leaving.flatten(2).double(), 2, (g, h, p)).sum(-1)
+    return given, _log_decay_gradient(dcum), dstate, dyx
