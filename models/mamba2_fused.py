@@ -1,8 +1,8 @@
 """A whole Mamba-2 layer as one node of the gradient graph, for a CPU.
 
 The same computation as the composed path of :class:`recur.models.mamba2.Mamba2Mixer`. Both directions go through the
-batch in tiles, so that little memory lies between the ends: projections, convolution, scan, gate and norm of a tile
-are done before the next one begins. Kept for the backward pass are the input, the projected values and what the scan saves; the
+batch in pieces, so that little memory lies between the ends: projections, convolution, scan, gate and norm of a piece
+are done before the next one begins. The step sizes and what is made of them alone, small, are taken of all of them first. Kept for the backward pass are the input, the projected values and what the scan saves; the
 convolution and the gate are computed again, which is cheaper than to fetch them from memory.
 """
 
@@ -17,12 +17,24 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recur.models.conv import conv_backward, conv_forward, next_window
-from recur.models.ssd import chunk_length, scan_tile, scan_tile_backward
-from recur.models.ssd_kernels import Saved, by_group, by_head, chunk_marks, direct
-from recur.models.tiles import tile_rows, tiles, totals
+from recur.models.ssd import chunk_length, cumulate
+from recur.models.ssd_kernels import (
+    Saved,
+    Sums,
+    by_group,
+    by_head,
+    chunk_marks,
+    direct,
+    factors,
+    finish,
+    piece_backward,
+    piece_forward,
+    piece_rows,
+)
+from recur.models.tiles import tiles
 
-TILE_STEPS = 4096
-"""Steps (batch times time) of one tile."""
+PIECE = 1 << 19
+"""Inputs of the scan worked on at a time: more than the scan alone takes, because around it is more to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,54 +63,21 @@ class Shape:
         return torch.split(convolved, [self.inner, n, n], -1)
 
 
-@dataclass(slots=True)
-class _Tile:
-    """What lies between projection and scan: raw and activated convolution, step sizes, inputs of the scan."""
-
-    z: Tensor
-    raw: Tensor
-    pre: Tensor
-    dt_raw: Tensor
-    dt: Tensor
-    x: Tensor
-    B: Tensor
-    C: Tensor
-
-
-def _tile(
-    s: Shape,
-    zx: Tensor,
-    conv_w: Tensor,
-    conv_b: Tensor,
-    dt_bias: Tensor,
-    window: Tensor,
-    live: Tensor | None,
-    segment: Tensor | None,
-) -> _Tile:
-    z, raw, dt_raw, _ = torch.split(
-        zx, [s.inner, s.conv, len(dt_bias), zx.shape[-1] - s.inner - s.conv - len(dt_bias)], -1
-    )
-    pre = conv_forward(raw, conv_w, conv_b, window, segment)
+def _convolved(
+    s: Shape, zx: Tensor, weight: Tensor, bias: Tensor, window: Tensor, segment: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """Projected values (r, T, ·) → gate z, inputs of the convolution, its values, and x, B, C of the scan."""
+    z, raw = torch.split(zx, [s.inner, s.conv], -1)
+    pre = conv_forward(raw, weight, bias, window, segment)
     x, B, C = (torch.unflatten(F.silu(part), 1, (-1, s.chunk)) for part in s.split(pre))
-    dt_raw = dt_raw + dt_bias
+    by_group = (torch.unflatten(t, -1, (s.groups, s.state)) for t in (B, C))
+    return z, raw, pre, (torch.unflatten(x, -1, (s.groups, s.heads, s.head)), *by_group)
+
+
+def _steps(dt_raw: Tensor, live: Tensor | None) -> Tensor:
+    """Step sizes (b, T, H), 0 where a step is padding."""
     dt = F.softplus(dt_raw)
-    if live is not None:
-        dt = dt * live.unsqueeze(-1)
-    return _Tile(
-        z,
-        raw,
-        pre,
-        dt_raw,
-        dt.view(*x.shape[:3], s.groups, s.heads),
-        torch.unflatten(x, -1, (s.groups, s.heads, s.head)),
-        torch.unflatten(B, -1, (s.groups, s.state)),
-        torch.unflatten(C, -1, (s.groups, s.state)),
-    )
-
-
-def _padded(weight: Tensor) -> Tensor:
-    """Rows of zeros up to a multiple of 16, at which the matrix product runs half as fast again."""
-    return F.pad(weight, (0, 0, 0, -weight.shape[0] % 16))
+    return dt if live is None else dt * live.unsqueeze(-1)
 
 
 class _Layer(torch.autograd.Function):
@@ -122,100 +101,98 @@ class _Layer(torch.autograd.Function):
         segment: Tensor | None,
         compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        b, length, _ = u.shape
-        rows = tile_rows(b, length, u.device, TILE_STEPS)
-        wide, back = _padded(w_in).t(), (w_out * norm_w).t()
-        zx, out = u.new_empty(b, length, wide.shape[1]), u.new_empty(b, length, w_out.shape[0])
-        last, rstd = torch.empty_like(window), u.new_empty(b, length, s.groups, 1)
-        chunks = (b, length // s.chunk, s.chunk, s.groups, s.heads, s.head)
-        saved = Saved.room(u, chunks, s.state)
+        b, length, d_model = u.shape
+        w_zx, w_dt = torch.split(w_in, [s.inner + s.conv, len(dt_bias)])
         D = D.view(s.groups, s.heads)
-
-        def tile(k: slice) -> bool:
-            torch.mm(u[k].view(-1, u.shape[2]), wide, out=zx[k].view(-1, wide.shape[1]))
-            live_k, segment_k, lengths_k = (None if m is None else m[k] for m in (live, segment, lengths))
-            t = _tile(s, zx[k], conv_w, conv_b, dt_bias, window[k], live_k, segment_k)
-            marks = None if segment_k is None else chunk_marks(segment_k, s.chunk, u.dtype)
-            before, y = by_group(state[k], s.groups), torch.empty_like(t.x)
-            scaled = scan_tile(t.x, t.dt, A, t.B, t.C, D, before, marks, saved.rows(k), y)
-            gated = torch.unflatten(y.view(t.z.shape).mul_(F.silu(t.z)), -1, (s.groups, -1))
-            torch.rsqrt(
-                torch.linalg.vecdot(gated, gated).unsqueeze(-1).div_(gated.shape[-1]).add_(s.eps), out=rstd[k]
+        chunks = (b, length // s.chunk, s.chunk, s.groups, s.heads, s.head)
+        dt_raw = torch.addmm(dt_bias, u.view(-1, d_model), w_dt.t()).view(b, length, -1)
+        dt = _steps(dt_raw, live).view(chunks[:-1])
+        cum, scaled = cumulate(dt, A)
+        f, before = factors(cum, dt, s.head, scaled), by_group(state, s.groups)
+        zx, out = u.new_empty(b, length, len(w_zx)), u.new_empty(b, length, len(w_out))
+        last, rstd = torch.empty_like(window), u.new_empty(b, length, s.groups, 1)
+        saved, back = Saved.room(u, chunks, s.state), (w_out * norm_w).t()
+        rows = piece_rows(chunks, scaled, u.device, PIECE)
+        for k in tiles(b, rows):
+            torch.mm(u[k].view(-1, d_model), w_zx.t(), out=zx[k].view(-1, len(w_zx)))
+            lengths_k, segment_k = (None if m is None else m[k] for m in (lengths, segment))
+            z, raw, _, (x, B, C) = _convolved(s, zx[k], conv_w, conv_b, window[k], segment_k)
+            marks, y = (
+                None if segment_k is None else chunk_marks(segment_k, s.chunk, u.dtype),
+                torch.empty_like(x),
             )
-            torch.mm(gated.mul_(rstd[k]).view(-1, s.inner), back, out=out[k].view(-1, w_out.shape[0]))
-            last[k] = next_window(t.raw, window[k], lengths_k, segment_k)
-            return scaled
-
-        ctx.scaled = [tile(k) for k in tiles(b, rows)]
+            piece_forward(f.rows(k), x, dt[k], B, C, D, before[:, k], marks, saved.rows(k), y)
+            gated = torch.unflatten(y.view(z.shape).mul_(F.silu(z)), -1, (s.groups, -1))
+            mean = torch.linalg.vecdot(gated, gated).unsqueeze(-1).div_(gated.shape[-1])
+            torch.rsqrt(mean.add_(s.eps), out=rstd[k])
+            torch.mm(gated.mul_(rstd[k]).view(-1, s.inner), back, out=out[k].view(-1, len(w_out)))
+            last[k] = next_window(raw, window[k], lengths_k, segment_k)
         ctx.save_for_backward(
-            u, w_in, conv_w, conv_b, dt_bias, A, D, norm_w, w_out, window, lengths, live, segment, zx, rstd,
-            *saved.parts(),
+            u, w_in, conv_w, conv_b, A, D, norm_w, w_out, window, lengths, live, segment, dt_raw, cum, zx, rstd,
+            *saved,
         )  # fmt: skip
-        ctx.s, ctx.rows, ctx.compiled = s, rows, compiled
+        ctx.s, ctx.rows, ctx.scaled, ctx.compiled = s, rows, scaled, compiled
         ctx.set_materialize_grads(False)
         return out, last, by_head(saved.end, s.heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None, dend: Tensor | None) -> tuple[Any, ...]:
-        (u, w_in, conv_w, conv_b, dt_bias, A, D, norm_w, w_out, window, lengths, live, segment, zx, rstd,
+        (u, w_in, conv_w, conv_b, A, D, norm_w, w_out, window, lengths, live, segment, dt_raw, cum, zx, rstd,
          *rest) = ctx.saved_tensors  # fmt: skip
         s: Shape = ctx.s
         saved = Saved(*rest)
         b, length, d_model = u.shape
-        wide, back = _padded(w_in), w_out * norm_w
-        dout = u.new_zeros(b, length, w_out.shape[0]) if dout is None else dout.contiguous()
-        du, dwindow = torch.empty_like(u), torch.empty_like(window)
-        dstate = u.new_empty(b, s.groups * s.heads, s.head, s.state)
-
-        def tile(k: slice) -> tuple[Tensor, ...]:
-            live_k, segment_k, lengths_k = (None if m is None else m[k] for m in (live, segment, lengths))
-            t = _tile(s, zx[k], conv_w, conv_b, dt_bias, window[k], live_k, segment_k)
-            kept, scaled = saved.rows(k), ctx.scaled[k.start // ctx.rows]
-            y = torch.addcmul(kept.past, t.x, direct(kept.own, t.dt, D)).view(t.z.shape)
-            gate = F.silu(t.z)
+        w_zx, w_dt = torch.split(w_in, [s.inner + s.conv, dt_raw.shape[-1]])
+        back = w_out * norm_w
+        dt = _steps(dt_raw, live).view(cum.shape)
+        f, skip = factors(cum, dt, s.head, ctx.scaled, backwards=True), direct(saved.own, dt, D)
+        sums = Sums.room(saved.past)
+        dout = u.new_zeros(b, length, len(w_out)) if dout is None else dout.contiguous()
+        after = torch.zeros_like(saved.end) if dend is None else by_group(dend, s.groups)
+        du, dwindow, dstate = (torch.empty_like(t) for t in (u, window, saved.end))
+        dw_zx, dback, dconv, dconv_b = (torch.zeros_like(t) for t in (w_zx, w_out, conv_w.t(), conv_b))
+        for k in tiles(b, ctx.rows):
+            lengths_k, segment_k = (None if m is None else m[k] for m in (lengths, segment))
+            z, raw, pre, (x, B, C) = _convolved(s, zx[k], conv_w, conv_b, window[k], segment_k)
+            kept = saved.rows(k)
+            y, gate = torch.addcmul(kept.past, x, skip[k]).view(z.shape), F.silu(z)
             normed = torch.unflatten(y * gate, -1, (s.groups, -1)).mul_(rstd[k])
-            do = dout[k].view(-1, w_out.shape[0])
-            dback = torch.mm(do.t(), normed.view(-1, s.inner))
+            do = dout[k].view(-1, len(w_out))
+            dback.addmm_(do.t(), normed.view(-1, s.inner))
             dgated = torch.mm(do, back).view_as(normed)
             along = torch.linalg.vecdot(dgated, normed).unsqueeze(-1).div_(normed.shape[-1])
             dgated = dgated.addcmul_(normed, along, value=-1).mul_(rstd[k]).view_as(y)
-            dzx = torch.empty_like(zx[k])
-            dz, draw, ddt_raw, spare = torch.split(
-                dzx, [s.inner, s.conv, len(dt_bias), wide.shape[0] - w_in.shape[0]], -1
-            )
-            torch.ops.aten.silu_backward.grad_input(y.mul_(dgated), t.z, grad_input=dz)
-            dy = dgated.mul_(gate).view(t.x.shape)
+            dzx, dpre = torch.empty_like(zx[k]), torch.empty_like(pre)
+            dz, draw = torch.split(dzx, [s.inner, s.conv], -1)
+            torch.ops.aten.silu_backward.grad_input(y.mul_(dgated), z, grad_input=dz)
+            dy = dgated.mul_(gate).view(x.shape)
             marks = None if segment_k is None else chunk_marks(segment_k, s.chunk, u.dtype)
-            to = (torch.empty_like(t.x), u.new_empty(t.B.shape), u.new_empty(t.C.shape))
-            after = torch.zeros_like(kept.end) if dend is None else by_group(dend[k], s.groups)
-            ddt, dA, dD, before = scan_tile_backward(
-                dy, after, t.x, t.dt, A, t.B, t.C, D, kept, scaled, marks, to
+            to = (torch.empty_like(x), torch.empty_like(B), torch.empty_like(C))
+            piece_backward(
+                f.rows(k), dy, after[:, k], x, B, C, skip[k], kept, marks, to, dstate[:, k], sums.rows(k)
             )
-            dpre = torch.empty_like(t.pre)
-            for part, pre, dpart in zip(to, s.split(t.pre), s.split(dpre), strict=True):
-                torch.ops.aten.silu_backward.grad_input(part.view(pre.shape), pre, grad_input=dpart)
-            dconv = torch.zeros_like(conv_w.t())
-            dwindow_k = conv_backward(dpre, t.raw, conv_w, window[k], segment_k, draw, dconv, ctx.compiled)
+            for part, at, dpart in zip(to, s.split(pre), s.split(dpre), strict=True):
+                torch.ops.aten.silu_backward.grad_input(part.view(at.shape), at, grad_input=dpart)
+            dconv_b += dpre.sum((0, 1))
+            dwindow[k] = conv_backward(dpre, raw, conv_w, window[k], segment_k, draw, dconv, ctx.compiled)
             if dlast is not None:
-                from_raw, from_window = _through_window(t.raw, window[k], lengths_k, segment_k, dlast[k])
+                from_raw, from_window = _through_window(raw, window[k], lengths_k, segment_k, dlast[k])
                 draw += from_raw
-                dwindow_k += from_window
-            ddt = ddt.reshape(t.dt_raw.shape) * torch.sigmoid(t.dt_raw)
-            if live_k is not None:
-                ddt = ddt * live_k.unsqueeze(-1)
-            ddt_raw.copy_(ddt)
-            spare.zero_()
-            flat = dzx.view(-1, wide.shape[0])
-            torch.mm(flat, wide, out=du[k].view(-1, d_model))
-            dwindow[k], dstate[k] = dwindow_k, by_head(before, s.heads)
-            dwide = torch.mm(flat.t(), u[k].view(-1, d_model))
-            return dwide, dconv, dpre.sum((0, 1)), ddt.sum((0, 1)), dA, dD, dback
-
-        dwide, dconv, dconv_b, ddt_bias, dA, dD, dback = totals([tile(k) for k in tiles(b, ctx.rows)])
+                dwindow[k] += from_window
+            flat = dzx.view(-1, len(w_zx))
+            torch.mm(flat, w_zx, out=du[k].view(-1, d_model))
+            dw_zx.addmm_(flat.t(), u[k].view(-1, d_model))
+        ddt, dA, dD = finish(sums, cum, saved.own, dt, A, ctx.scaled)
+        ddt = ddt.view(dt_raw.shape) * torch.sigmoid(dt_raw)
+        if live is not None:
+            ddt = ddt * live.unsqueeze(-1)
+        flat = ddt.view(-1, len(w_dt))
+        du.view(-1, d_model).addmm_(flat, w_dt)
+        dw_in = torch.cat([dw_zx, flat.t() @ u.view(-1, d_model)])
         return (
-            None, du, dwide[: w_in.shape[0]], dconv.t(), dconv_b, ddt_bias, dA.view_as(A), dD.view(-1),
-            (dback * w_out).sum(0), dback * norm_w, dwindow, dstate, None, None, None, None,
+            None, du, dw_in, dconv.t(), dconv_b, flat.sum(0), dA.view_as(A), dD.view(-1), (dback * w_out).sum(0),
+            dback * norm_w, dwindow, by_head(dstate, s.heads), None, None, None, None,
         )  # fmt: skip
 
 

@@ -5,7 +5,7 @@
 Within chunks of Q steps the recurrence is a handful of matrix products; between chunks the state is carried. Two
 forms give the same numbers (:mod:`recur.models.ssd_kernels`): the exact one takes any decay and has finite gradients
 under the strongest; the scaled one is faster and is taken on a CPU where no chunk's sum of |dt·A| reaches
-``SCALED_BELOW``. On a CPU the batch is worked through in tiles, which bounds the memory between the ends.
+``SCALED_BELOW``. On a CPU the batch is worked through in pieces that fit the cache.
 
 A step with dt = 0 leaves the state as it is. ``segment`` (B, T) counts the sequences that begin inside a row (0 up
 to the first beginning): where it rises the state is put back to zero before the step.
@@ -22,71 +22,32 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recur.models.ssd_kernels import (
-    Marks,
     Saved,
+    Sums,
     by_group,
     by_head,
     chunk_marks,
-    exact_backward,
-    exact_forward,
-    scaled_backward,
-    scaled_forward,
+    direct,
+    factors,
+    finish,
+    piece_backward,
+    piece_forward,
+    piece_rows,
 )
-from recur.models.tiles import tile_rows, tiles, totals
+from recur.models.tiles import tiles
 
 CHUNK = 64
 """Longest chunk: half as many states to write and read as with 32 outweigh the longer products within chunks."""
 SCALED_BELOW = 80.0
 """Largest Σ|dt·A| of a chunk for the scaled form: its factors stay within e^±40."""
-TILE_STEPS = 16384
-"""Steps (batch times time) of one tile on a CPU, for each thread that works on it: bounds the memory between the ends."""
+PIECE = 1 << 18
+"""Inputs worked on at a time on a CPU: what is made of them on the way is still in the cache when it is needed."""
 
 
 def cumulate(dt: Tensor, A: Tensor) -> tuple[Tensor, bool]:
     """Sums of dt·A within chunks in float64, dt (b, c, Q, g, h), and whether the scaled form holds for them."""
     cum = (dt * A.view(dt.shape[3:])).cumsum(2, dtype=torch.float64)
     return cum, cum.device.type == "cpu" and bool((cum[:, :, -1] > -SCALED_BELOW).all())
-
-
-def scan_tile(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    state: Tensor,
-    marks: Marks | None,
-    to: Saved,
-    y: Tensor,
-) -> bool:
-    """One tile forward, in the layouts of ``ssd_kernels``: writes y; True where the scaled form was taken."""
-    cum, scaled = cumulate(dt, A)
-    to.cum.copy_(cum)
-    (scaled_forward if scaled else exact_forward)(x, dt, B, C, D, state, marks, to, y)
-    return scaled
-
-
-def scan_tile_backward(
-    dy: Tensor,
-    dend: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    saved: Saved,
-    scaled: bool,
-    marks: Marks | None,
-    to: tuple[Tensor, Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One tile backward: writes dx, dB and dC ``to`` their places, → d(dt), dA (g, h), dD (g, h), d(state)."""
-    backward = scaled_backward if scaled else exact_backward
-    ddt, da, dstate, dyx = backward(dy, dend, x, dt, B, C, D, saved, marks, to)
-    ddt = ddt + dyx * saved.own.unsqueeze(-1) + da * A.view(dt.shape[3:])
-    dA = (da * dt).sum((0, 1, 2)).to(dt.dtype)
-    return ddt.to(dt.dtype), dA, dyx.sum((0, 1, 2)), dstate
 
 
 class _SSD(torch.autograd.Function):
@@ -103,45 +64,39 @@ class _SSD(torch.autograd.Function):
         segment: Tensor | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        rows = tile_rows(x.shape[0], x.shape[1] * chunk, x.device, TILE_STEPS * torch.get_num_threads())
-        y, saved = (
-            torch.empty_like(x, memory_format=torch.contiguous_format),
-            Saved.room(x, x.shape, B.shape[-1]),
-        )
-
-        def tile(k: slice) -> bool:
+        cum, scaled = cumulate(dt, A)
+        f = factors(cum, dt, x.shape[5], scaled)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        saved, before = Saved.room(x, x.shape, B.shape[-1]), by_group(state, x.shape[3])
+        rows = piece_rows(x.shape, scaled, x.device, PIECE)
+        for k in tiles(x.shape[0], rows):
             marks = None if segment is None else chunk_marks(segment[k], chunk, x.dtype)
-            before = by_group(state[k], x.shape[3])
-            return scan_tile(x[k], dt[k], A, B[k], C[k], D, before, marks, saved.rows(k), y[k])
-
-        ctx.scaled = [tile(k) for k in tiles(x.shape[0], rows)]
-        ctx.save_for_backward(x, dt, A, B, C, D, segment, *saved.parts())
-        ctx.chunk, ctx.rows = chunk, rows
+            piece_forward(f.rows(k), x[k], dt[k], B[k], C[k], D, before[:, k], marks, saved.rows(k), y[k])
+        ctx.save_for_backward(x, dt, A, B, C, D, segment, cum, *saved)
+        ctx.chunk, ctx.rows, ctx.scaled = chunk, rows, scaled
         ctx.set_materialize_grads(False)
         return y, by_head(saved.end, x.shape[4])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dend: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, segment, *rest = ctx.saved_tensors
-        saved = Saved(*rest)
-        dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
-        dstate = x.new_empty(x.shape[0], D.numel(), x.shape[5], B.shape[-1])
+        x, dt, A, B, C, D, segment, cum, *rest = ctx.saved_tensors
+        saved, sums = Saved(*rest), Sums.room(x)
+        f = factors(cum, dt, x.shape[5], ctx.scaled, backwards=True)
+        skip = direct(saved.own, dt, D)
+        to = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C))
+        dstate = torch.empty_like(saved.end)
         dy = torch.zeros_like(x) if dy is None else dy
-
-        def tile(k: slice) -> tuple[Tensor, Tensor]:
+        after = torch.zeros_like(saved.end) if dend is None else by_group(dend, x.shape[3])
+        for k in tiles(x.shape[0], ctx.rows):
             marks = None if segment is None else chunk_marks(segment[k], ctx.chunk, x.dtype)
-            scaled = ctx.scaled[k.start // ctx.rows]
-            after = torch.zeros_like(saved.end[:, k]) if dend is None else by_group(dend[k], x.shape[3])
-            to = (dx[k], dB[k], dC[k])
-            ddt[k], dA, dD, before = scan_tile_backward(
-                dy[k], after, x[k], dt[k], A, B[k], C[k], D, saved.rows(k), scaled, marks, to
-            )
-            dstate[k] = by_head(before, x.shape[4])
-            return dA, dD
-
-        dA, dD = totals([tile(k) for k in tiles(x.shape[0], ctx.rows)])
-        return dx, ddt, dA.view_as(A), dB, dC, dD, dstate, None, None
+            dx, dB, dC = (t[k] for t in to)
+            piece_backward(
+                f.rows(k), dy[k], after[:, k], x[k], B[k], C[k], skip[k], saved.rows(k), marks, (dx, dB, dC),
+                dstate[:, k], sums.rows(k),
+            )  # fmt: skip
+        ddt, dA, dD = finish(sums, cum, saved.own, dt, A, ctx.scaled)
+        return to[0], ddt, dA.view_as(A), *to[1:], dD, by_head(dstate, x.shape[4]), None, None
 
 
 def chunk_length(length: int, longest: int) -> int:
