@@ -122,10 +122,10 @@ class Sums(NamedTuple):
 
 
 def piece_rows(shape: tuple[int, ...], scaled: bool, device: torch.device, inputs: int) -> int:
-    """Rows of x of ``shape`` (b, c, Q, g, h, p) to work on at a time, about ``inputs`` numbers: fewer in the exact
-    form, where a head's decays are as wide as a chunk."""
-    b, c, q, g, h, p = shape
-    return tile_rows(b, c * q * g * h * (p if scaled else max(p, q)), device, inputs)
+    """Rows of x of ``shape`` (b, c, Q, g, h, p) to work on at a time, about ``inputs`` numbers of a group: fewer in the
+    exact form, where a head's decays are as wide as a chunk."""
+    b, c, q, _, h, p = shape
+    return tile_rows(b, c * q * h * (p if scaled else max(p, q)), device, inputs)
 
 
 def by_group(state: Tensor, groups: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recur.models import ssd as ssd_module
 from recur.models.ssd import CHUNK, chunk_length, ssd, ssd_step
-from recur.models.ssd_kernels import by_group, by_head
+from recur.models.ssd_kernels import by_group, by_head, piece_rows
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "state")
 LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7, 257)
@@ -116,6 +116,27 @@ def test_sequences_that_begin_inside_a_row_equal_the_token_loop(groups: int, str
     begins[1, [5, 6, 7, 106]] = 1
     segment = begins.cumsum(1)
     assert max(worst(run(ssd, given_, segment), run(loop, given_, segment)).values()) < 1e-12
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("strong", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_batch_worked_on_in_pieces_equals_the_token_loop(
+    groups: int, strong: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssd_module, "piece_rows", lambda *_: rows)
+    given_ = inputs(71, groups, strong, batch=3)
+    segment = (torch.arange(71) >= torch.tensor([[30], [71], [64]])).long()
+    assert max(worst(run(ssd, given_, segment), run(loop, given_, segment)).values()) < 1e-12
+
+
+def test_a_piece_has_about_the_numbers_asked_for_and_on_a_gpu_256_times_as_many() -> None:
+    shape, cpu = (100, 4, 64, 2, 8, 16), torch.device("cpu")
+    assert piece_rows(shape, True, cpu, 1 << 18) == 8
+    assert piece_rows(shape, False, cpu, 1 << 18) == 2
+    assert piece_rows(shape, True, cpu, 1) == 1
+    assert piece_rows(shape, True, cpu, 1 << 30) == 100
+    assert piece_rows(shape, True, torch.device("cuda"), 1 << 12) == 32
 
 
 @pytest.mark.parametrize("seed", [0, 2, 4, 5, 7])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from recur.models import mamba2_fused, ssd
 from recur.models.mamba2 import Mamba2Mixer, dt_bias_init
 
 
@@ -63,9 +64,12 @@ def test_compiled_the_layer_gives_the_same_output_and_gradients(kind: str) -> No
 @pytest.mark.parametrize("length", [1, 2, 3, 31, 33, 70])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kind", ["plain", "padded", "resets", "both"])
-def test_one_node_and_the_composed_layer_give_the_same_output_and_gradients(
-    groups: int, length: int, kind: str
+@pytest.mark.parametrize("form", ["scaled", "exact"])
+def test_one_node_in_pieces_and_the_composed_layer_give_the_same_output_and_gradients(
+    form: str, groups: int, length: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(mamba2_fused, "piece_rows", lambda *_: 2)
+    monkeypatch.setattr(ssd, "SCALED_BELOW", 0.0 if form == "exact" else 1e9)
     made, u = mixer(groups), torch.randn(3, length, 12, dtype=torch.float64)
     lengths = torch.tensor([length, length // 2, 0]) if kind in ("padded", "both") else None
     segment = torch.zeros(3, length, dtype=torch.long)
