@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-
 ON_A_GPU = 256
 """How many times as much a tile holds there: no cache to stay in, but memory to be bounded."""
 
