@@ -8,7 +8,7 @@ convolution and the gate are computed again, which is cheaper than to fetch them
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recur.models.conv import conv_backward, conv_forward, next_window
-from recur.models.ssd import chunk_length, cumulate
+from recur.models.ssd import chunk_length, cumulate, fitting
 from recur.models.ssd_kernels import (
     Saved,
     Sums,
@@ -104,9 +104,11 @@ class _Layer(torch.autograd.Function):
         b, length, d_model = u.shape
         w_zx, w_dt = torch.split(w_in, [s.inner + s.conv, len(dt_bias)])
         D = D.view(s.groups, s.heads)
-        chunks = (b, length // s.chunk, s.chunk, s.groups, s.heads, s.head)
         dt_raw = torch.addmm(dt_bias, u.view(-1, d_model), w_dt.t()).view(b, length, -1)
-        dt = _steps(dt_raw, live).view(chunks[:-1])
+        dt = _steps(dt_raw, live)
+        s = replace(s, chunk=fitting(dt, A, s.chunk))
+        chunks = (b, length // s.chunk, s.chunk, s.groups, s.heads, s.head)
+        dt = dt.view(chunks[:-1])
         cum, scaled = cumulate(dt, A)
         f, before = factors(cum, dt, s.head, scaled), by_group(state, s.groups)
         zx, out = u.new_empty(b, length, len(w_zx)), u.new_empty(b, length, len(w_out))
@@ -237,7 +239,7 @@ def fused_layer(
         u = F.pad(u, (0, 0, 0, short))
         if segment is not None and short:
             segment = torch.cat([segment, segment[:, -1:].expand(-1, short)], 1)
-    s = Shape(s.groups, s.heads, s.head, s.state, chunk, s.eps)
+    s = replace(s, chunk=chunk)
     y, window, state = _Layer.apply(  # type: ignore[no-untyped-call]
         s, u.contiguous(), *weights, window, state, lengths, live, segment, compiled
     )

@@ -5,7 +5,7 @@
 Within chunks of Q steps the recurrence is a handful of matrix products; between chunks the state is carried. Two
 forms give the same numbers (:mod:`recur.models.ssd_kernels`): the exact one takes any decay and has finite gradients
 under the strongest; the scaled one is faster and is taken on a CPU where no chunk's sum of |dt·A| reaches
-``SCALED_BELOW``. On a CPU the batch is worked through in pieces that fit the cache.
+``SCALED_BELOW``, with shorter chunks where those are needed for it. On a CPU the batch is worked through in pieces that fit the cache.
 
 A step with dt = 0 leaves the state as it is. ``segment`` (B, T) counts the sequences that begin inside a row (0 up
 to the first beginning): where it rises the state is put back to zero before the step.
@@ -42,6 +42,20 @@ SCALED_BELOW = 80.0
 """Largest Σ|dt·A| of a chunk for the scaled form: its factors stay within e^±40."""
 PIECE = 1 << 18
 """Inputs worked on at a time on a CPU: what is made of them on the way is still in the cache when it is needed."""
+
+
+def fitting(dt: Tensor, A: Tensor, chunk: int) -> int:
+    """The longest of ``chunk``, its half and its quarter for which the scaled form holds on a CPU; if none does, the
+    half, because the exact form works on every pair of steps of a chunk and every head. dt (b, T, H), 16 steps at least.
+    """
+    shorter = [n for n in (chunk, chunk // 2, chunk // 4) if n >= 16 and chunk % n == 0] or [chunk]
+    if dt.device.type != "cpu":
+        return chunk
+    logs = dt.detach() * A.detach()
+    for n in shorter:
+        if bool((torch.unflatten(logs, 1, (-1, n)).sum(2) > -SCALED_BELOW).all()):
+            return n
+    return shorter[:2][-1]
 
 
 def cumulate(dt: Tensor, A: Tensor) -> tuple[Tensor, bool]:
@@ -139,9 +153,11 @@ def ssd(
     skip = x.new_zeros(h) if D is None else D.to(wide)
     state = x.new_zeros(b, h, p, n) if state is None else state.to(wide)
     q = chunk_length(length, chunk)
-    parts = [torch.unflatten(pad_right(t, q), 1, (-1, q)) for t in (x, dt, B, C)]
-    if segment is not None and segment.shape[1] % q:
-        segment = torch.cat([segment, segment[:, -1:].expand(b, -segment.shape[1] % q)], 1)
+    if segment is not None and length % q:
+        segment = torch.cat([segment, segment[:, -1:].expand(b, -length % q)], 1)
+    padded = [pad_right(t, q) for t in (x, dt, B, C)]
+    q = fitting(padded[1], A, q)
+    parts = [torch.unflatten(t, 1, (-1, q)) for t in padded]
     with torch.autocast(x.device.type, enabled=False):
         y, end = _SSD.apply(  # type: ignore[no-untyped-call]
             torch.unflatten(parts[0], 3, (g, -1)),
