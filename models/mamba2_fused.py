@@ -31,7 +31,7 @@ from recur.models.ssd_kernels import (
     piece_forward,
     piece_rows,
 )
-from recur.models.tiles import tiles
+from recur.models.tiles import Scratch, tiles
 
 PIECE = 1 << 19
 """Inputs of the scan worked on at a time: more than the scan alone takes, because around it is more to do."""
@@ -114,7 +114,7 @@ class _Layer(torch.autograd.Function):
         zx, out = u.new_empty(b, length, len(w_zx)), u.new_empty(b, length, len(w_out))
         last, rstd = torch.empty_like(window), u.new_empty(b, length, s.groups, 1)
         saved, back = Saved.room(u, chunks, s.state), (w_out * norm_w).t()
-        rows = piece_rows(chunks, scaled, u.device, PIECE)
+        rows, scratch = piece_rows(chunks, scaled, u.device, PIECE), Scratch(u)
         for k in tiles(b, rows):
             torch.mm(u[k].view(-1, d_model), w_zx.t(), out=zx[k].view(-1, len(w_zx)))
             lengths_k, segment_k = (None if m is None else m[k] for m in (lengths, segment))
@@ -123,7 +123,7 @@ class _Layer(torch.autograd.Function):
                 None if segment_k is None else chunk_marks(segment_k, s.chunk, u.dtype),
                 torch.empty_like(x),
             )
-            piece_forward(f.rows(k), x, dt[k], B, C, D, before[:, k], marks, saved.rows(k), y)
+            piece_forward(f.rows(k), x, dt[k], B, C, D, before[:, k], marks, saved.rows(k), y, scratch)
             gated = torch.unflatten(y.view(z.shape).mul_(F.silu(z)), -1, (s.groups, -1))
             mean = torch.linalg.vecdot(gated, gated).unsqueeze(-1).div_(gated.shape[-1])
             torch.rsqrt(mean.add_(s.eps), out=rstd[k])
@@ -149,7 +149,7 @@ class _Layer(torch.autograd.Function):
         back = w_out * norm_w
         dt = _steps(dt_raw, live).view(cum.shape)
         f, skip = factors(cum, dt, s.head, ctx.scaled, backwards=True), direct(saved.own, dt, D)
-        sums = Sums.room(saved.past)
+        sums, scratch = Sums.room(saved.past), Scratch(u)
         dout = u.new_zeros(b, length, len(w_out)) if dout is None else dout.contiguous()
         after = torch.zeros_like(saved.end) if dend is None else by_group(dend, s.groups)
         du, dwindow, dstate = (torch.empty_like(t) for t in (u, window, saved.end))
@@ -172,7 +172,19 @@ class _Layer(torch.autograd.Function):
             marks = None if segment_k is None else chunk_marks(segment_k, s.chunk, u.dtype)
             to = (torch.empty_like(x), torch.empty_like(B), torch.empty_like(C))
             piece_backward(
-                f.rows(k), dy, after[:, k], x, B, C, skip[k], kept, marks, to, dstate[:, k], sums.rows(k)
+                f.rows(k),
+                dy,
+                after[:, k],
+                x,
+                B,
+                C,
+                skip[k],
+                kept,
+                marks,
+                to,
+                dstate[:, k],
+                sums.rows(k),
+                scratch,
             )
             for part, at, dpart in zip(to, s.split(pre), s.split(dpre), strict=True):
                 torch.ops.aten.silu_backward.grad_input(part.view(at.shape), at, grad_input=dpart)

@@ -34,7 +34,7 @@ from recur.models.ssd_kernels import (
     piece_forward,
     piece_rows,
 )
-from recur.models.tiles import tiles
+from recur.models.tiles import Scratch, tiles
 
 CHUNK = 64
 """Longest chunk: half as many states to write and read as with 32 outweigh the longer products within chunks."""
@@ -82,10 +82,12 @@ class _SSD(torch.autograd.Function):
         f = factors(cum, dt, x.shape[5], scaled)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         saved, before = Saved.room(x, x.shape, B.shape[-1]), by_group(state, x.shape[3])
-        rows = piece_rows(x.shape, scaled, x.device, PIECE)
+        rows, scratch = piece_rows(x.shape, scaled, x.device, PIECE), Scratch(x)
         for k in tiles(x.shape[0], rows):
             marks = None if segment is None else chunk_marks(segment[k], chunk, x.dtype)
-            piece_forward(f.rows(k), x[k], dt[k], B[k], C[k], D, before[:, k], marks, saved.rows(k), y[k])
+            piece_forward(
+                f.rows(k), x[k], dt[k], B[k], C[k], D, before[:, k], marks, saved.rows(k), y[k], scratch
+            )
         ctx.save_for_backward(x, dt, A, B, C, D, segment, cum, *saved)
         ctx.chunk, ctx.rows, ctx.scaled = chunk, rows, scaled
         ctx.set_materialize_grads(False)
@@ -95,7 +97,7 @@ class _SSD(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dend: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, segment, cum, *rest = ctx.saved_tensors
-        saved, sums = Saved(*rest), Sums.room(x)
+        saved, sums, scratch = Saved(*rest), Sums.room(x), Scratch(x)
         f = factors(cum, dt, x.shape[5], ctx.scaled, backwards=True)
         skip = direct(saved.own, dt, D)
         to = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C))
@@ -107,7 +109,7 @@ class _SSD(torch.autograd.Function):
             dx, dB, dC = (t[k] for t in to)
             piece_backward(
                 f.rows(k), dy[k], after[:, k], x[k], B[k], C[k], skip[k], saved.rows(k), marks, (dx, dB, dC),
-                dstate[:, k], sums.rows(k),
+                dstate[:, k], sums.rows(k), scratch,
             )  # fmt: skip
         ddt, dA, dD = finish(sums, cum, saved.own, dt, A, ctx.scaled)
         return to[0], ddt, dA.view_as(A), *to[1:], dD, by_head(dstate, x.shape[4]), None, None

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recur.models.tiles import tile_rows
+from recur.models.tiles import Scratch, tile_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,24 +238,23 @@ def _seen(scores: Tensor, marks: Marks | None, up_to: int = 0) -> Tensor:
     return (scores if marks is None else scores.mul_(marks.same)).tril_(up_to)
 
 
-def _decays(cum: Tensor, i: int, dtype: torch.dtype) -> Tensor:
+def _decays(cum: Tensor, i: int, scratch: Scratch) -> Tensor:
     """cum (b, c, g, h, Q) → (b·c, h, Q, Q): e^(cum_i − cum_j) for j ≤ i, and 1 above: bounded before the exponential,
     for the scores to mask."""
     s = cum[:, :, i].flatten(0, 1)
-    return (s.unsqueeze(-1) - s.unsqueeze(-2)).to(dtype).clamp_(max=0.0).exp_()
+    shape = torch.Size((*s.shape, s.shape[-1]))
+    logs = torch.sub(s.unsqueeze(-1), s.unsqueeze(-2), out=scratch("logs", shape, s.dtype))
+    return scratch("decays", shape).copy_(logs).clamp_(max=0.0).exp_()
 
 
-def _by_head(t: Tensor, factor: Tensor | None = None) -> Tensor:
-    """(k, Q, h, p) as (k·h, Q, p), times ``factor`` (k, Q, h, 1)."""
+def _by_head(t: Tensor, to: Tensor, factor: Tensor | None = None) -> Tensor:
+    """(k, Q, h, p) written ``to`` (k, h, Q, p), times ``factor`` (k, Q, h, 1), and seen as (k·h, Q, p)."""
     t = t.transpose(1, 2)
-    if factor is not None:
-        t = torch.mul(t, factor.transpose(1, 2), out=t.new_empty(t.shape))
-    return t.flatten(0, 1)
-
-
-def _apart(t: Tensor, heads: int) -> Tensor:
-    """(k·h, Q, p) as (k, Q, h, p)."""
-    return torch.unflatten(t, 0, (-1, heads)).transpose(1, 2)
+    if factor is None:
+        to.copy_(t)
+    else:
+        torch.mul(t, factor.transpose(1, 2), out=to)
+    return to.flatten(0, 1)
 
 
 def piece_forward(
@@ -269,15 +268,18 @@ def piece_forward(
     marks: Marks | None,
     to: Saved,
     y: Tensor,
+    scratch: Scratch,
 ) -> None:
     """Write y and what the way back needs; ``state`` (g, b, n, h·p) enters."""
     for i in range(x.shape[3]):
         xi, dti, Bi, Ci, take, give = (_group(t, i) for t in (x, dt, B, C, f.take, f.give))
         past, own, yi = (_group(t, i) for t in (to.past, to.own, y))
         scores, states = to.scores[i], to.states[i]
+        flat, by_head = states.flatten(0, 1), xi.transpose(1, 2).shape
         Bm, Cm = _reached(Bi, Ci, marks)
-        xs, flat = (xi * give).flatten(2), states.flatten(0, 1)
-        new = torch.bmm(Bm.mT, xs).view(states.shape)
+        xs = torch.mul(xi, give, out=scratch("xs", xi.shape)).flatten(2)
+        new = scratch("new", states.shape)
+        torch.bmm(Bm.mT, xs, out=new.flatten(0, 1))
         step, through = _through(f, marks, i)
         first, *later = states.unbind(1)
         if f.edge is None:
@@ -295,9 +297,12 @@ def piece_forward(
             received.baddbmm_(Cm, flat)
             past.mul_(take)
         else:
-            decayed = _decays(f.cum, i, x.dtype).mul_(scores.unsqueeze(1)).flatten(0, 1)
-            inside = _apart(torch.bmm(decayed, _by_head(xi, dti.unsqueeze(-1))), x.shape[4])
-            torch.addcmul(inside, torch.bmm(Cm, flat).view(xi.shape), take, out=past)
+            decayed = _decays(f.cum, i, scratch).mul_(scores.unsqueeze(1)).flatten(0, 1)
+            inside, carried = scratch("inside", by_head), scratch("carried", xi.shape)
+            heads = _by_head(xi, scratch("heads", by_head), dti.unsqueeze(-1))
+            torch.bmm(decayed, heads, out=inside.flatten(0, 1))
+            torch.bmm(Cm, flat, out=carried.flatten(2))
+            torch.addcmul(inside.transpose(1, 2), carried, take, out=past)
         torch.addcmul(past, xi, direct(own, dti, D[i]), out=yi)
 
 
@@ -314,6 +319,7 @@ def piece_backward(
     to: tuple[Tensor, Tensor, Tensor],
     dstate: Tensor,
     sums: Sums,
+    scratch: Scratch,
 ) -> None:
     """Write dx, dB and dC ``to`` tensors like x, B and C, d(state) and the sums; ``skip`` is :func:`direct`."""
     for i in range(x.shape[3]):
@@ -321,10 +327,10 @@ def piece_backward(
         past, dx, dB, dC, skip_i = (_group(t, i) for t in (saved.past, *to, skip))
         scores, states, end = saved.scores[i], saved.states[i], saved.end[i]
         Bm, Cm = _reached(Bi, Ci, marks)
-        dys = (dyi * take).flatten(2)
-        into = torch.bmm(Cm.mT, dys).view(states.shape)
+        dys = torch.mul(dyi, take, out=scratch("dys", xi.shape)).flatten(2)
+        into, dnew = scratch("into", states.shape), scratch("dnew", states.shape)
+        torch.bmm(Cm.mT, dys, out=into.flatten(0, 1))
         step, through = _through(f, marks, i)
-        dnew = torch.empty_like(into)
         *earlier, last = dnew.unbind(1)
         if f.edge is None:
             last.copy_(dend[i])
@@ -332,18 +338,24 @@ def piece_backward(
             into.mul_(step)
             torch.mul(dend[i], f.edge[:, 0, i], out=last)
         _carry(last, into, through, [*earlier[::-1], dstate[i]], -1)
-        xs, dflat = xi * give, dnew.flatten(0, 1)
+        xs, dflat = torch.mul(xi, give, out=scratch("xs", xi.shape)), dnew.flatten(0, 1)
+        dscores = scratch("dscores", scores.shape)
         if f.cum is None or f.late is None:
             dgiven = dx.flatten(2)
             torch.bmm(scores.mT, dys, out=dgiven)
             dgiven.baddbmm_(Bm, dflat)
-            dscores = torch.bmm(dys, xs.flatten(2).mT)
+            torch.bmm(dys, xs.flatten(2).mT, out=dscores)
         else:
-            decay, heads = _decays(f.cum, i, x.dtype), _by_head(dyi)
-            dscores = torch.bmm(heads, _by_head(xi, rest).mT).view(decay.shape).mul_(decay).sum(1)
-            inside = torch.bmm(decay.mul_(scores.unsqueeze(1)).flatten(0, 1).mT, heads)
-            carried = torch.bmm(Bm, dflat).view(xi.shape)
-            torch.addcmul(_apart(inside, x.shape[4]), carried, _group(f.late, i), out=dx)
+            decay, by_head = _decays(f.cum, i, scratch), xi.transpose(1, 2).shape
+            given, inside = scratch("given", by_head), scratch("inside", by_head)
+            heads = _by_head(dyi, scratch("heads", by_head))
+            dseen = scratch("dseen", decay.shape)
+            torch.bmm(heads, _by_head(xi, given, rest).mT, out=dseen.flatten(0, 1))
+            torch.sum(dseen.mul_(decay), 1, out=dscores)
+            torch.bmm(decay.mul_(scores.unsqueeze(1)).flatten(0, 1).mT, heads, out=inside.flatten(0, 1))
+            carried = scratch("carried", xi.shape)
+            torch.bmm(Bm, dflat, out=carried.flatten(2))
+            torch.addcmul(inside.transpose(1, 2), carried, _group(f.late, i), out=dx)
         _seen(dscores, marks)
         torch.bmm(dys, states.flatten(0, 1).mT, out=dC)
         torch.bmm(xs.flatten(2), dflat.mT, out=dB)
