@@ -45,17 +45,17 @@ PIECE = 1 << 18
 
 
 def fitting(dt: Tensor, A: Tensor, chunk: int) -> int:
-    """The longest of ``chunk``, its half and its quarter for which the scaled form holds on a CPU; if none does, the
-    half, because the exact form works on every pair of steps of a chunk and every head. dt (b, T, H), 16 steps at least.
-    """
-    shorter = [n for n in (chunk, chunk // 2, chunk // 4) if n >= 16 and chunk % n == 0] or [chunk]
+    """Steps per chunk for dt (b, T, H), T a multiple of ``chunk``: the longest of ``chunk``, its half and its quarter, 16
+    at least, for which the scaled form holds; where none does, the half, because the exact form works on every pair of
+    steps of a chunk for each head. On other devices than a CPU ``chunk`` itself."""
     if dt.device.type != "cpu":
         return chunk
     logs = dt.detach() * A.detach()
-    for n in shorter:
+    lengths = [n for n in (chunk, chunk // 2, chunk // 4) if n >= 16 and chunk % n == 0] or [chunk]
+    for n in lengths:
         if bool((torch.unflatten(logs, 1, (-1, n)).sum(2) > -SCALED_BELOW).all()):
             return n
-    return shorter[:2][-1]
+    return lengths[:2][-1]
 
 
 def cumulate(dt: Tensor, A: Tensor) -> tuple[Tensor, bool]:

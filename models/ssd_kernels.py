@@ -123,9 +123,12 @@ class Sums(NamedTuple):
 
 def piece_rows(shape: tuple[int, ...], scaled: bool, device: torch.device, inputs: int) -> int:
     """Rows of x of ``shape`` (b, c, Q, g, h, p) to work on at a time, about ``inputs`` numbers of a group: fewer in the
-    exact form, where a head's decays are as wide as a chunk."""
+    exact form, where a head's decays are as wide as a chunk. Up to twice as much where that makes four rows: their states
+    are carried from chunk to chunk together, and those of one or two are too few for a thread each."""
     b, c, q, _, h, p = shape
-    return tile_rows(b, c * q * h * (p if scaled else max(p, q)), device, inputs)
+    each = c * q * h * (p if scaled else max(p, q))
+    rows, twice = (tile_rows(b, each, device, n) for n in (inputs, 2 * inputs))
+    return max(rows, min(twice, 4))
 
 
 def by_group(state: Tensor, groups: int) -> Tensor:

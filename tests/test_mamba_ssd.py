@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recur.models import ssd as ssd_module
-from recur.models.ssd import CHUNK, chunk_length, ssd, ssd_step
+from recur.models.ssd import CHUNK, chunk_length, cumulate, fitting, ssd, ssd_step
 from recur.models.ssd_kernels import by_group, by_head, piece_rows
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "state")
@@ -133,7 +133,10 @@ def test_a_batch_worked_on_in_pieces_equals_the_token_loop(
 def test_a_piece_has_about_the_numbers_asked_for_and_on_a_gpu_256_times_as_many() -> None:
     shape, cpu = (100, 4, 64, 2, 8, 16), torch.device("cpu")
     assert piece_rows(shape, True, cpu, 1 << 18) == 8
-    assert piece_rows(shape, False, cpu, 1 << 18) == 2
+    assert piece_rows(shape, False, cpu, 1 << 18) == 4
+    assert piece_rows(shape, True, cpu, 1 << 17) == 4
+    assert piece_rows(shape, True, cpu, 1 << 16) == 4
+    assert piece_rows(shape, True, cpu, 1 << 15) == 2
     assert piece_rows(shape, True, cpu, 1) == 1
     assert piece_rows(shape, True, cpu, 1 << 30) == 100
     assert piece_rows(shape, True, torch.device("cuda"), 1 << 12) == 32
@@ -186,6 +189,28 @@ def test_the_two_forms_agree_and_each_is_taken_where_it_holds(monkeypatch: pytes
     exact = run(ssd, weak)
     assert taken == [True, False, False]
     assert max(worst(scaled, exact).values()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("decay", "chunk", "scaled"), [(1.2, 64, True), (1.3, 32, True), (2.6, 16, True), (5.1, 32, False)]
+)
+def test_stronger_decay_takes_shorter_chunks_and_past_those_of_sixteen_the_exact_form(
+    decay: float, chunk: int, scaled: bool
+) -> None:
+    a = inputs(128)
+    a["dt"], a["A"] = torch.full_like(a["dt"], decay), torch.full_like(a["A"], -1.0)
+    q = fitting(a["dt"], a["A"], 64)
+    assert q == chunk
+    assert cumulate(a["dt"].view(2, -1, q, 1, 4), a["A"])[1] is scaled
+    assert max(worst(run(ssd, a), run(loop, a)).values()) < 1e-12
+
+
+def test_a_chunk_that_cannot_be_halved_stays_as_it_is() -> None:
+    dt, A = torch.full((1, 62, 1), 9.0), -torch.ones(1)
+    assert fitting(dt[:, :15], A, 15) == 15
+    assert fitting(dt[:, :33], A, 33) == 33
+    assert fitting(dt, A, 62) == 31
+    assert fitting(dt[:, :40], A, 40) == 20
 
 
 def test_gradients_are_finite_under_a_decay_that_overflows_an_unmasked_exponential() -> None:
