@@ -1,9 +1,10 @@
 """A whole Mamba-2 layer as one node of the gradient graph, for a CPU.
 
-The same computation as the composed path of :class:`recur.models.mamba2.Mamba2Mixer`. Both directions go through the
-batch in pieces, so that little memory lies between the ends: projections, convolution, scan, gate and norm of a piece
-are done before the next one begins. The step sizes and what is made of them alone, small, are taken of all of them first. Kept for the backward pass are the input, the projected values and what the scan saves; the
-convolution and the gate are computed again, which is cheaper than to fetch them from memory.
+The same computation as the composed path of :class:`recur.models.mamba2.Mamba2Mixer`. Step sizes, decays and the
+factors made of them are taken of the whole batch first. Then both directions go through the batch in pieces, so that
+little memory lies between the ends: projection, convolution, scan, gate and norm of a piece are done before the next
+one begins. Kept for the backward pass are the input, the projected values and what the scan saves; the convolution and
+the gate are computed again, which is cheaper than to fetch them from memory.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from recur.models.ssd_kernels import (
 from recur.models.tiles import Scratch, tiles
 
 PIECE = 1 << 19
-"""Inputs of the scan worked on at a time: more than the scan alone takes, because around it is more to do."""
+"""Size of a piece for ``piece_rows``: twice that of the scan alone, because around it is more to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +214,7 @@ class _Layer(torch.autograd.Function):
 def _through_window(
     raw: Tensor, window: Tensor, lengths: Tensor | None, segment: Tensor | None, dlast: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the carried window with regard to the tile's raw inputs and the window before."""
+    """Gradient of the carried window with regard to the piece's raw inputs and the window before."""
     with torch.enable_grad():
         a, w = raw.detach().requires_grad_(), window.detach().requires_grad_()
         out = next_window(a, w, lengths, segment)

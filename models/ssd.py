@@ -41,7 +41,7 @@ CHUNK = 64
 SCALED_BELOW = 80.0
 """Largest Σ|dt·A| of a chunk for the scaled form: its factors stay within e^±40."""
 PIECE = 1 << 18
-"""Inputs worked on at a time on a CPU: what is made of them on the way is still in the cache when it is needed."""
+"""Size of a piece for ``piece_rows``: on a CPU what is made on the way is still in the cache when it is needed."""
 
 
 def fitting(dt: Tensor, A: Tensor, chunk: int) -> int:
@@ -115,6 +115,13 @@ class _SSD(torch.autograd.Function):
         return to[0], ddt, dA.view_as(A), *to[1:], dD, by_head(dstate, x.shape[4]), None, None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _untraced(*args: Any) -> tuple[Tensor, Tensor]:
+    """On a CPU a compiler would break the scan up where its form is chosen and at every product written to its place."""
+    out: tuple[Tensor, Tensor] = _SSD.apply(*args)  # type: ignore[no-untyped-call]
+    return out
+
+
 def chunk_length(length: int, longest: int) -> int:
     """Steps of equal chunks, ``longest`` at most: where there are several, of a multiple of 8 if ``longest`` is one."""
     if length <= longest:
@@ -161,7 +168,7 @@ def ssd(
     q = fitting(padded[1], A, q)
     parts = [torch.unflatten(t, 1, (-1, q)) for t in padded]
     with torch.autocast(x.device.type, enabled=False):
-        y, end = _SSD.apply(  # type: ignore[no-untyped-call]
+        y, end = (_untraced if x.device.type == "cpu" else _SSD.apply)(
             torch.unflatten(parts[0], 3, (g, -1)),
             torch.unflatten(parts[1], 3, (g, -1)),
             A,

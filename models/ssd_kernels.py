@@ -33,7 +33,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recur.models.tiles import Scratch, tile_rows
+from recur.models.tiles import Scratch, tile_rows, tiles
+
+DECAYS = 1 << 20
+"""Decays between two steps of a chunk held at the same time on a CPU: only long rows of many heads have more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +64,13 @@ class Factors(NamedTuple):
     """(b, c, g, 1, h·p): of the state from chunk to chunk."""
     rest: Tensor
     """(b, c, Q, g, h, 1): what :func:`piece_backward` leaves out of dx until the last; v, or dt."""
+    late: Tensor
+    """(b, c, Q, g, h, 1): ``give`` without ``rest``; e^(cum_Q − cum) of the exact form, 1/u, not used, of the scaled."""
     edge: Tensor | None = None
     """(b, 1, g, 1, h·p), scaled form: of the first state on the way."""
-    late: Tensor | None = None
-    """(b, c, Q, g, h, 1), exact form: e^(cum_Q − cum)."""
+    lift: Tensor | None = None
+    """(b, c, g, 1, h·p), scaled form: takes its scale from the gradient of the state that leaves a chunk, so that its
+    product with the state, itself as small as e^−40, stays a number where the gradient is small."""
     cum: Tensor | None = None
     """(b, c, g, h, Q), exact form: the sums, in float64."""
 
@@ -109,7 +115,7 @@ class Sums(NamedTuple):
     dyx: Tensor
     """(b, c, Q, g, h): ⟨dy, x⟩."""
     leaving: Tensor
-    """(b, c, g, h·p): ⟨dS', S'⟩ over the states for the state that leaves each chunk, as both are scaled."""
+    """(b, c, g, h·p): ⟨dS', S'⟩ over the states for the state that leaves each chunk, S' as it is scaled."""
 
     @staticmethod
     def room(x: Tensor) -> Sums:
@@ -144,14 +150,14 @@ def by_head(state: Tensor, heads: int) -> Tensor:
 
 def chunk_marks(segment: Tensor, chunk: int, dtype: torch.dtype) -> Marks:
     """``Marks`` from segment (b, T) that counts beginnings, T a multiple of ``chunk``."""
-    seg = segment.view(segment.shape[0], -1, chunk)
+    seg = segment.reshape(segment.shape[0], -1, chunk)
     before = torch.cat([segment.new_zeros(segment.shape[0], 1), seg[:, :-1, -1]], 1)
     same = (seg.unsqueeze(-1) == seg.unsqueeze(-2)).tril()
     head, tail = seg == before.unsqueeze(-1), seg == seg[..., -1:]
     return Marks(
-        same.view(-1, chunk, chunk).to(dtype),
-        head.view(-1, chunk, 1).to(dtype),
-        tail.view(-1, chunk, 1).to(dtype),
+        same.reshape(-1, chunk, chunk).to(dtype),
+        head.reshape(-1, chunk, 1).to(dtype),
+        tail.reshape(-1, chunk, 1).to(dtype),
         head[..., -1, None, None].to(dtype),
     )
 
@@ -183,11 +189,12 @@ def factors(cum: Tensor, dt: Tensor, p: int, scaled: bool, backwards: bool = Fal
         u, grow = _growth(cum, dt.dtype)
         v, half = (grow * dt).unsqueeze(-1), u[:, :, -1]
         edge = half[:, -1:] if backwards else half[:, :1]
-        return Factors(u.unsqueeze(-1), v, wide(_times_next(half, backwards)), v, wide(edge))
+        through, lift = wide(_times_next(half, backwards)), wide(grow[:, :, -1])
+        return Factors(u.unsqueeze(-1), v, through, v, grow.unsqueeze(-1), wide(edge), lift)
     late, reach = (_exp(t, dt.dtype).unsqueeze(-1) for t in (cum[:, :, -1:] - cum, cum))
     rest = dt.unsqueeze(-1)
     sums = cum.movedim(2, -1).contiguous()
-    return Factors(reach, late * rest, wide(reach[:, :, -1, ..., 0]), rest, None, late, sums)
+    return Factors(reach, late * rest, wide(reach[:, :, -1, ..., 0]), rest, late, cum=sums)
 
 
 def finish(
@@ -198,8 +205,9 @@ def finish(
     leaving = torch.unflatten(sums.leaving.double(), -1, (dt.shape[-1], -1)).sum(-1)
     rest, ddt = dt, given
     if scaled:
-        u, grow = _growth(cum, dt.dtype)
-        rest, ddt, leaving = grow * dt, given * grow, leaving / _times_next(u[:, :, -1])
+        _, grow = _growth(cum, dt.dtype)
+        rest, ddt = grow * dt, given * grow
+        leaving[:, :-1] *= grow[:, 1:, -1]
     dcum = received - given * rest
     dcum[:, :, -1] += leaving
     da = dcum.flip(2).cumsum(2).flip(2)
@@ -241,23 +249,23 @@ def _seen(scores: Tensor, marks: Marks | None, up_to: int = 0) -> Tensor:
     return (scores if marks is None else scores.mul_(marks.same)).tril_(up_to)
 
 
-def _decays(cum: Tensor, i: int, scratch: Scratch) -> Tensor:
-    """cum (b, c, g, h, Q) → (b·c, h, Q, Q): e^(cum_i − cum_j) for j ≤ i, and 1 above: bounded before the exponential,
-    for the scores to mask."""
-    s = cum[:, :, i].flatten(0, 1)
-    shape = torch.Size((*s.shape, s.shape[-1]))
-    logs = torch.sub(s.unsqueeze(-1), s.unsqueeze(-2), out=scratch("logs", shape, s.dtype))
+def _decays(cum: Tensor, scratch: Scratch) -> Tensor:
+    """cum (b, c, h, Q) → (b·c, h, Q, Q): e^(cum_i − cum_j) for j ≤ i, and 1 above: bounded before the exponential, for
+    the scores to mask."""
+    sums = cum.flatten(0, 1)
+    shape = torch.Size((*sums.shape, sums.shape[-1]))
+    logs = torch.sub(sums.unsqueeze(-1), sums.unsqueeze(-2), out=scratch("logs", shape, sums.dtype))
     return scratch("decays", shape).copy_(logs).clamp_(max=0.0).exp_()
 
 
-def _by_head(t: Tensor, to: Tensor, factor: Tensor | None = None) -> Tensor:
-    """(k, Q, h, p) written ``to`` (k, h, Q, p), times ``factor`` (k, Q, h, 1), and seen as (k·h, Q, p)."""
-    t = t.transpose(1, 2)
-    if factor is None:
-        to.copy_(t)
-    else:
-        torch.mul(t, factor.transpose(1, 2), out=to)
-    return to.flatten(0, 1)
+def _apart(t: Tensor, to: Tensor) -> Tensor:
+    """(k, Q, h, p) copied ``to`` (k, h, Q, p) and seen as (k·h, Q, p)."""
+    return to.copy_(t.transpose(1, 2)).flatten(0, 1)
+
+
+def _head_tiles(scores: Tensor, heads: int) -> list[slice]:
+    """Heads whose decays, each as large as ``scores``, are held at the same time."""
+    return tiles(heads, tile_rows(heads, scores.numel(), scores.device, DECAYS))
 
 
 def piece_forward(
@@ -278,7 +286,7 @@ def piece_forward(
         xi, dti, Bi, Ci, take, give = (_group(t, i) for t in (x, dt, B, C, f.take, f.give))
         past, own, yi = (_group(t, i) for t in (to.past, to.own, y))
         scores, states = to.scores[i], to.states[i]
-        flat, by_head = states.flatten(0, 1), xi.transpose(1, 2).shape
+        flat = states.flatten(0, 1)
         Bm, Cm = _reached(Bi, Ci, marks)
         xs = torch.mul(xi, give, out=scratch("xs", xi.shape)).flatten(2)
         new = scratch("new", states.shape)
@@ -300,12 +308,17 @@ def piece_forward(
             received.baddbmm_(Cm, flat)
             past.mul_(take)
         else:
-            decayed = _decays(f.cum, i, scratch).mul_(scores.unsqueeze(1)).flatten(0, 1)
-            inside, carried = scratch("inside", by_head), scratch("carried", xi.shape)
-            heads = _by_head(xi, scratch("heads", by_head), dti.unsqueeze(-1))
-            torch.bmm(decayed, heads, out=inside.flatten(0, 1))
+            carried = scratch("carried", xi.shape)
             torch.bmm(Cm, flat, out=carried.flatten(2))
-            torch.addcmul(inside.transpose(1, 2), carried, take, out=past)
+            xd = torch.mul(
+                xi, dti.unsqueeze(-1), out=xs.view(xi.shape)
+            )  # what has gone into the states is not needed
+            for j in _head_tiles(scores, x.shape[4]):
+                decayed = _decays(f.cum[:, :, i, j], scratch).mul_(scores.unsqueeze(1)).flatten(0, 1)
+                heads = xd[:, :, j].transpose(1, 2).shape
+                inside = scratch("inside", heads)
+                torch.bmm(decayed, _apart(xd[:, :, j], scratch("heads", heads)), out=inside.flatten(0, 1))
+                torch.addcmul(inside.transpose(1, 2), carried[:, :, j], take[:, :, j], out=past[:, :, j])
         torch.addcmul(past, xi, direct(own, dti, D[i]), out=yi)
 
 
@@ -326,7 +339,8 @@ def piece_backward(
 ) -> None:
     """Write dx, dB and dC ``to`` tensors like x, B and C, d(state) and the sums; ``skip`` is :func:`direct`."""
     for i in range(x.shape[3]):
-        xi, Bi, Ci, dyi, take, give, rest = (_group(t, i) for t in (x, B, C, dy, f.take, f.give, f.rest))
+        xi, Bi, Ci, dyi = (_group(t, i) for t in (x, B, C, dy))
+        take, give, rest, late = (_group(t, i) for t in (f.take, f.give, f.rest, f.late))
         past, dx, dB, dC, skip_i = (_group(t, i) for t in (saved.past, *to, skip))
         scores, states, end = saved.scores[i], saved.states[i], saved.end[i]
         Bm, Cm = _reached(Bi, Ci, marks)
@@ -343,22 +357,27 @@ def piece_backward(
         _carry(last, into, through, [*earlier[::-1], dstate[i]], -1)
         xs, dflat = torch.mul(xi, give, out=scratch("xs", xi.shape)), dnew.flatten(0, 1)
         dscores = scratch("dscores", scores.shape)
-        if f.cum is None or f.late is None:
+        if f.cum is None:
             dgiven = dx.flatten(2)
             torch.bmm(scores.mT, dys, out=dgiven)
             dgiven.baddbmm_(Bm, dflat)
             torch.bmm(dys, xs.flatten(2).mT, out=dscores)
         else:
-            decay, by_head = _decays(f.cum, i, scratch), xi.transpose(1, 2).shape
-            given, inside = scratch("given", by_head), scratch("inside", by_head)
-            heads = _by_head(dyi, scratch("heads", by_head))
-            dseen = scratch("dseen", decay.shape)
-            torch.bmm(heads, _by_head(xi, given, rest).mT, out=dseen.flatten(0, 1))
-            torch.sum(dseen.mul_(decay), 1, out=dscores)
-            torch.bmm(decay.mul_(scores.unsqueeze(1)).flatten(0, 1).mT, heads, out=inside.flatten(0, 1))
-            carried = scratch("carried", xi.shape)
+            carried, xd = scratch("carried", xi.shape), scratch("xd", xi.shape)
             torch.bmm(Bm, dflat, out=carried.flatten(2))
-            torch.addcmul(inside.transpose(1, 2), carried, _group(f.late, i), out=dx)
+            torch.mul(xi, rest, out=xd)
+            for j in _head_tiles(scores, x.shape[4]):
+                decay, heads = _decays(f.cum[:, :, i, j], scratch), xd[:, :, j].transpose(1, 2).shape
+                dyj = _apart(dyi[:, :, j], scratch("heads", heads))
+                dseen, inside = scratch("dseen", decay.shape), scratch("inside", heads)
+                xj = _apart(xd[:, :, j], inside)
+                torch.bmm(dyj, xj.mT, out=dseen.flatten(0, 1))
+                if j.start:
+                    dscores += dseen.mul_(decay).sum(1)
+                else:
+                    torch.sum(dseen.mul_(decay), 1, out=dscores)
+                torch.bmm(decay.mul_(scores.unsqueeze(1)).flatten(0, 1).mT, dyj, out=inside.flatten(0, 1))
+                torch.addcmul(inside.transpose(1, 2), carried[:, :, j], late[:, :, j], out=dx[:, :, j])
         _seen(dscores, marks)
         torch.bmm(dys, states.flatten(0, 1).mT, out=dC)
         torch.bmm(xs.flatten(2), dflat.mT, out=dB)
@@ -367,9 +386,11 @@ def piece_backward(
             dB.mul_(marks.tail)
         dB.baddbmm_(dscores.mT, Ci)
         dC.baddbmm_(dscores, Bi)
+        if f.lift is not None:
+            dnew.mul_(f.lift[:, :, i])
         torch.mul(dnew[:, :-1], states[:, 1:], out=into[:, :-1])
         torch.mul(last, end, out=into[:, -1])
         torch.sum(into, 2, out=sums.leaving[:, :, i])
         for a, b, total in ((dyi, past, sums.received), (dx, xi, sums.given), (dyi, xi, sums.dyx)):
-            torch.sum(torch.mul(a, b, out=xs), -1, out=_group(total, i))
+            torch.sum(torch.mul(a, b, out=xs), -1, out=_group(total, i))  # written over xs, which is done
         dx.mul_(rest).addcmul_(dyi, skip_i)

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 ON_A_GPU = 256
-"""How many times as much a tile holds there: no cache to stay in, but memory to be bounded."""
+"""How many times as much a tile holds on a GPU: no cache to stay in, but memory to be bounded."""
 
 
 def tile_rows(batch: int, each: int, device: torch.device, numbers: int) -> int:
-    """Rows per tile: about ``numbers`` in sum on a CPU where a row has ``each``."""
+    """Rows per tile, each of them of ``each`` numbers: about ``numbers`` in sum, ``ON_A_GPU`` times as many there."""
     room = numbers if device.type == "cpu" else ON_A_GPU * numbers
     return max(1, min(batch, room // max(each, 1)))
 
@@ -25,11 +25,11 @@ class Scratch:
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
-        self._kept: dict[tuple[str, torch.Size], Tensor] = {}
+        self._kept: dict[tuple[str, torch.Size, torch.dtype | None], Tensor] = {}
 
     def __call__(self, name: str, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
-        """Contiguous memory of that name and shape, with whatever was written there last."""
-        kept = self._kept.get((name, shape))
+        """Contiguous memory of that name, shape and type, with whatever was written there last."""
+        kept = self._kept.get((name, shape, dtype))
         if kept is None:
-            kept = self._kept[name, shape] = self._like.new_empty(shape, dtype=dtype)
+            kept = self._kept[name, shape, dtype] = self._like.new_empty(shape, dtype=dtype)
         return kept

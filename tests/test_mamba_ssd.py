@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recur.models import ssd as ssd_module
+from recur.models import ssd_kernels
 from recur.models.ssd import CHUNK, chunk_length, cumulate, fitting, ssd, ssd_step
 from recur.models.ssd_kernels import by_group, by_head, piece_rows
 
@@ -211,6 +212,48 @@ def test_a_chunk_that_cannot_be_halved_stays_as_it_is() -> None:
     assert fitting(dt[:, :33], A, 33) == 33
     assert fitting(dt, A, 62) == 31
     assert fitting(dt[:, :40], A, 40) == 20
+
+
+@pytest.mark.parametrize("small", [1e-6, 1e-12])
+@pytest.mark.parametrize("decay", [1.2, 2.4, 4.8])
+def test_small_upstream_gradients_keep_the_digits_of_time_steps_and_decays(
+    decay: float, small: float
+) -> None:
+    given_ = inputs(256, heads=2, batch=4)
+    given_["dt"], given_["A"] = given_["dt"] * 0.1 + decay / 8, torch.full_like(given_["A"], -8.0)
+
+    def scaled(*args: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, end = ssd(*args[:7])  # type: ignore[arg-type]
+        return y * small, end * small
+
+    single = run(scaled, {k: v.float() for k, v in given_.items()})
+    off = worst(single, run(scaled, given_))
+    assert off.pop("dA") < 1e-4 and max(off.values()) < 4e-6
+
+
+def test_the_heads_of_a_long_row_are_worked_on_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_ = inputs(71, 2, strong=True, heads=6, batch=2)
+    whole = run(ssd, given_)
+    for at_once in (1, 2 * 2 * 4 * 20 * 20):
+        monkeypatch.setattr(ssd_kernels, "DECAYS", at_once)
+        assert max(worst(run(ssd, given_), whole).values()) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_traced_as_on_a_gpu_the_dual_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssd_module, "_untraced", ssd_module._SSD.apply)
+    monkeypatch.setattr(ssd_module, "fitting", lambda dt, A, chunk: chunk)
+    sums = ssd_module.cumulate
+    monkeypatch.setattr(ssd_module, "cumulate", lambda dt, A: (sums(dt, A)[0], False))
+    given_ = inputs(71, 2)
+    traced = run(torch.compile(ssd, backend="aot_eager"), given_)
+    assert max(worst(traced, run(ssd, given_)).values()) < 1e-12
+
+
+def test_marks_may_lie_in_memory_as_they_like() -> None:
+    given_ = inputs(96, batch=3)
+    segment = torch.zeros(96, 3, dtype=torch.long).t()
+    assert max(worst(run(ssd, given_, segment), run(ssd, given_)).values()) < 1e-13
 
 
 def test_gradients_are_finite_under_a_decay_that_overflows_an_unmasked_exponential() -> None:
