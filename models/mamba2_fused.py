@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recur.models.conv import conv_backward, conv_forward, next_window
-from recur.models.ssd import chunk_length, cumulate, fitting
+from recur.models.ssd import PIECE, chunk_length, cumulate, fitting
 from recur.models.ssd_kernels import (
     Saved,
     Sums,
@@ -33,9 +33,6 @@ from recur.models.ssd_kernels import (
     piece_rows,
 )
 from recur.models.tiles import Scratch, tiles
-
-PIECE = 1 << 19
-"""Size of a piece for ``piece_rows``: twice that of the scan alone, because around it is more to do."""
 
 
 @dataclass(frozen=True, slots=True)
