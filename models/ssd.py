@@ -44,24 +44,23 @@ PIECE = 1 << 18
 """Size of a piece for ``piece_rows``: on a CPU what is made on the way is still in the cache when it is needed."""
 
 
-def fitting(dt: Tensor, A: Tensor, chunk: int) -> int:
-    """Steps per chunk for dt (b, T, H), T a multiple of ``chunk``: the longest of ``chunk``, its half and its quarter, 16
-    at least, for which the scaled form holds; where none does, the half, because the exact form works on every pair of
-    steps of a chunk for each head. On other devices than a CPU ``chunk`` itself."""
+def fitting(dt: Tensor, A: Tensor, chunk: int) -> tuple[int, bool]:
+    """Steps per chunk for dt (b, T, H), T a multiple of ``chunk``, and whether the scaled form is taken: the longest of
+    ``chunk``, its half and its quarter, 16 at least, for which it holds; where none does, the half, because the exact form
+    works on every pair of steps of a chunk for each head. On other devices than a CPU the exact form of ``chunk``."""
     if dt.device.type != "cpu":
-        return chunk
+        return chunk, False
     logs = dt.detach() * A.detach()
     lengths = [n for n in (chunk, chunk // 2, chunk // 4) if n >= 16 and chunk % n == 0] or [chunk]
     for n in lengths:
         if bool((torch.unflatten(logs, 1, (-1, n)).sum(2) > -SCALED_BELOW).all()):
-            return n
-    return lengths[:2][-1]
+            return n, True
+    return lengths[:2][-1], False
 
 
-def cumulate(dt: Tensor, A: Tensor) -> tuple[Tensor, bool]:
-    """Sums of dt·A within chunks in float64, dt (b, c, Q, g, h), and whether the scaled form holds for them."""
-    cum = (dt * A.view(dt.shape[3:])).cumsum(2, dtype=torch.float64)
-    return cum, cum.device.type == "cpu" and bool((cum[:, :, -1] > -SCALED_BELOW).all())
+def cumulate(dt: Tensor, A: Tensor) -> Tensor:
+    """Sums of dt·A within chunks in float64, dt (b, c, Q, g, h)."""
+    return (dt * A.view(dt.shape[3:])).cumsum(2, dtype=torch.float64)
 
 
 class _SSD(torch.autograd.Function):
@@ -77,8 +76,9 @@ class _SSD(torch.autograd.Function):
         state: Tensor,
         segment: Tensor | None,
         chunk: int,
+        scaled: bool,
     ) -> tuple[Tensor, Tensor]:
-        cum, scaled = cumulate(dt, A)
+        cum = cumulate(dt, A)
         f = factors(cum, dt, x.shape[5], scaled)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         saved, before = Saved.room(x, x.shape, B.shape[-1]), by_group(state, x.shape[3])
@@ -112,7 +112,7 @@ class _SSD(torch.autograd.Function):
                 dstate[:, k], sums.rows(k), scratch,
             )  # fmt: skip
         ddt, dA, dD = finish(sums, cum, saved.own, dt, A, ctx.scaled)
-        return to[0], ddt, dA.view_as(A), *to[1:], dD, by_head(dstate, x.shape[4]), None, None
+        return to[0], ddt, dA.view_as(A), *to[1:], dD, by_head(dstate, x.shape[4]), None, None, None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -165,7 +165,7 @@ def ssd(
     if segment is not None and length % q:
         segment = torch.cat([segment, segment[:, -1:].expand(b, -length % q)], 1)
     padded = [pad_right(t, q) for t in (x, dt, B, C)]
-    q = fitting(padded[1], A, q)
+    q, scaled = fitting(padded[1], A, q)
     parts = [torch.unflatten(t, 1, (-1, q)) for t in padded]
     with torch.autocast(x.device.type, enabled=False):
         y, end = (_untraced if x.device.type == "cpu" else _SSD.apply)(
@@ -178,6 +178,7 @@ def ssd(
             state,
             segment,
             q,
+            scaled,
         )
     return y.view(b, -1, h, p)[:, :length].to(kind), end
 

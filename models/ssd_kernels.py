@@ -129,12 +129,12 @@ class Sums(NamedTuple):
 
 def piece_rows(shape: tuple[int, ...], scaled: bool, device: torch.device, inputs: int) -> int:
     """Rows of x of ``shape`` (b, c, Q, g, h, p) to work on at a time, about ``inputs`` numbers of a group: fewer in the
-    exact form, where a head's decays are as wide as a chunk. Up to twice as much where that makes four rows: their states
-    are carried from chunk to chunk together, and those of one or two are too few for a thread each."""
+    exact form, where a head's decays are as wide as a chunk. Up to three times as much where that makes five rows: their
+    states are carried from chunk to chunk together, and those of fewer are too small a task for two threads."""
     b, c, q, _, h, p = shape
     each = c * q * h * (p if scaled else max(p, q))
-    rows, twice = (tile_rows(b, each, device, n) for n in (inputs, 2 * inputs))
-    return max(rows, min(twice, 4))
+    rows, most = (tile_rows(b, each, device, n) for n in (inputs, 3 * inputs))
+    return max(rows, min(most, 5))
 
 
 def by_group(state: Tensor, groups: int) -> Tensor:
@@ -258,9 +258,9 @@ def _decays(cum: Tensor, scratch: Scratch) -> Tensor:
     return scratch("decays", shape).copy_(logs).clamp_(max=0.0).exp_()
 
 
-def _apart(t: Tensor, to: Tensor) -> Tensor:
-    """(k, Q, h, p) copied ``to`` (k, h, Q, p) and seen as (k·h, Q, p)."""
-    return to.copy_(t.transpose(1, 2)).flatten(0, 1)
+def _apart(t: Tensor, j: slice) -> Tensor:
+    """Heads j of (k, Q, h, p) as (k, heads, Q, p), a view."""
+    return t[:, :, j].transpose(1, 2)
 
 
 def _head_tiles(scores: Tensor, heads: int) -> list[slice]:
@@ -310,15 +310,14 @@ def piece_forward(
         else:
             carried = scratch("carried", xi.shape)
             torch.bmm(Cm, flat, out=carried.flatten(2))
-            xd = torch.mul(
-                xi, dti.unsqueeze(-1), out=xs.view(xi.shape)
-            )  # what has gone into the states is not needed
+            rest = _group(f.rest, i)
             for j in _head_tiles(scores, x.shape[4]):
                 decayed = _decays(f.cum[:, :, i, j], scratch).mul_(scores.unsqueeze(1)).flatten(0, 1)
-                heads = xd[:, :, j].transpose(1, 2).shape
-                inside = scratch("inside", heads)
-                torch.bmm(decayed, _apart(xd[:, :, j], scratch("heads", heads)), out=inside.flatten(0, 1))
-                torch.addcmul(inside.transpose(1, 2), carried[:, :, j], take[:, :, j], out=past[:, :, j])
+                xj = _apart(xi, j)
+                xd, inside = scratch("xd", xj.shape), scratch("inside", xj.shape)
+                torch.mul(xj, _apart(rest, j), out=xd)
+                torch.bmm(decayed, xd.flatten(0, 1), out=inside.flatten(0, 1))
+                torch.addcmul(inside, _apart(carried, j), _apart(take, j), out=_apart(past, j))
         torch.addcmul(past, xi, direct(own, dti, D[i]), out=yi)
 
 
@@ -363,21 +362,20 @@ def piece_backward(
             dgiven.baddbmm_(Bm, dflat)
             torch.bmm(dys, xs.flatten(2).mT, out=dscores)
         else:
-            carried, xd = scratch("carried", xi.shape), scratch("xd", xi.shape)
+            carried = scratch("carried", xi.shape)
             torch.bmm(Bm, dflat, out=carried.flatten(2))
-            torch.mul(xi, rest, out=xd)
             for j in _head_tiles(scores, x.shape[4]):
-                decay, heads = _decays(f.cum[:, :, i, j], scratch), xd[:, :, j].transpose(1, 2).shape
-                dyj = _apart(dyi[:, :, j], scratch("heads", heads))
-                dseen, inside = scratch("dseen", decay.shape), scratch("inside", heads)
-                xj = _apart(xd[:, :, j], inside)
-                torch.bmm(dyj, xj.mT, out=dseen.flatten(0, 1))
+                decay, xj = _decays(f.cum[:, :, i, j], scratch), _apart(xi, j)
+                dyj = scratch("dy", xj.shape).copy_(_apart(dyi, j)).flatten(0, 1)
+                inside, dseen = scratch("inside", xj.shape), scratch("dseen", decay.shape)
+                xd = torch.mul(xj, _apart(rest, j), out=inside).flatten(0, 1)
+                torch.bmm(dyj, xd.mT, out=dseen.flatten(0, 1))
                 if j.start:
                     dscores += dseen.mul_(decay).sum(1)
                 else:
                     torch.sum(dseen.mul_(decay), 1, out=dscores)
                 torch.bmm(decay.mul_(scores.unsqueeze(1)).flatten(0, 1).mT, dyj, out=inside.flatten(0, 1))
-                torch.addcmul(inside.transpose(1, 2), carried[:, :, j], late[:, :, j], out=dx[:, :, j])
+                torch.addcmul(inside, _apart(carried, j), _apart(late, j), out=_apart(dx, j))
         _seen(dscores, marks)
         torch.bmm(dys, states.flatten(0, 1).mT, out=dC)
         torch.bmm(xs.flatten(2), dflat.mT, out=dB)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recur.models import ssd as ssd_module
 from recur.models import ssd_kernels
-from recur.models.ssd import CHUNK, chunk_length, cumulate, fitting, ssd, ssd_step
+from recur.models.ssd import CHUNK, chunk_length, fitting, ssd, ssd_step
 from recur.models.ssd_kernels import by_group, by_head, piece_rows
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "state")
@@ -134,10 +134,10 @@ def test_a_batch_worked_on_in_pieces_equals_the_token_loop(
 def test_a_piece_has_about_the_numbers_asked_for_and_on_a_gpu_256_times_as_many() -> None:
     shape, cpu = (100, 4, 64, 2, 8, 16), torch.device("cpu")
     assert piece_rows(shape, True, cpu, 1 << 18) == 8
-    assert piece_rows(shape, False, cpu, 1 << 18) == 4
-    assert piece_rows(shape, True, cpu, 1 << 17) == 4
-    assert piece_rows(shape, True, cpu, 1 << 16) == 4
-    assert piece_rows(shape, True, cpu, 1 << 15) == 2
+    assert piece_rows(shape, False, cpu, 1 << 18) == 5
+    assert piece_rows(shape, True, cpu, 1 << 17) == 5
+    assert piece_rows(shape, True, cpu, 1 << 16) == 5
+    assert piece_rows(shape, True, cpu, 1 << 15) == 3
     assert piece_rows(shape, True, cpu, 1) == 1
     assert piece_rows(shape, True, cpu, 1 << 30) == 100
     assert piece_rows(shape, True, torch.device("cuda"), 1 << 12) == 32
@@ -176,13 +176,12 @@ def test_the_final_state_has_memory_of_its_own() -> None:
 def test_the_two_forms_agree_and_each_is_taken_where_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[bool] = []
 
-    def spy(dt: Tensor, A: Tensor) -> tuple[Tensor, bool]:
-        out = cumulate(dt, A)
+    def spy(dt: Tensor, A: Tensor, chunk: int) -> tuple[int, bool]:
+        out = fitting(dt, A, chunk)
         taken.append(out[1])
         return out
 
-    cumulate = ssd_module.cumulate
-    monkeypatch.setattr(ssd_module, "cumulate", spy)
+    monkeypatch.setattr(ssd_module, "fitting", spy)
     weak, strong = inputs(96), inputs(96, strong=True)
     scaled = run(ssd, weak)
     run(ssd, strong)
@@ -200,18 +199,16 @@ def test_stronger_decay_takes_shorter_chunks_and_past_those_of_sixteen_the_exact
 ) -> None:
     a = inputs(128)
     a["dt"], a["A"] = torch.full_like(a["dt"], decay), torch.full_like(a["A"], -1.0)
-    q = fitting(a["dt"], a["A"], 64)
-    assert q == chunk
-    assert cumulate(a["dt"].view(2, -1, q, 1, 4), a["A"])[1] is scaled
+    assert fitting(a["dt"], a["A"], 64) == (chunk, scaled)
     assert max(worst(run(ssd, a), run(loop, a)).values()) < 1e-12
 
 
 def test_a_chunk_that_cannot_be_halved_stays_as_it_is() -> None:
     dt, A = torch.full((1, 62, 1), 9.0), -torch.ones(1)
-    assert fitting(dt[:, :15], A, 15) == 15
-    assert fitting(dt[:, :33], A, 33) == 33
-    assert fitting(dt, A, 62) == 31
-    assert fitting(dt[:, :40], A, 40) == 20
+    assert fitting(dt[:, :15], A, 15) == (15, False)
+    assert fitting(dt[:, :33], A, 33) == (33, False)
+    assert fitting(dt, A, 62) == (31, False)
+    assert fitting(dt[:, :40], A, 40) == (20, False)
 
 
 @pytest.mark.parametrize("small", [1e-6, 1e-12])
@@ -242,9 +239,7 @@ def test_the_heads_of_a_long_row_are_worked_on_a_few_at_a_time(monkeypatch: pyte
 @pytest.mark.filterwarnings("ignore")
 def test_traced_as_on_a_gpu_the_dual_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssd_module, "_untraced", ssd_module._SSD.apply)
-    monkeypatch.setattr(ssd_module, "fitting", lambda dt, A, chunk: chunk)
-    sums = ssd_module.cumulate
-    monkeypatch.setattr(ssd_module, "cumulate", lambda dt, A: (sums(dt, A)[0], False))
+    monkeypatch.setattr(ssd_module, "fitting", lambda dt, A, chunk: (chunk, False))
     given_ = inputs(71, 2)
     traced = run(torch.compile(ssd, backend="aot_eager"), given_)
     assert max(worst(traced, run(ssd, given_)).values()) < 1e-12
