@@ -31,6 +31,7 @@ from recur.models.ssd_kernels import (
     piece_backward,
     piece_forward,
     piece_rows,
+    rows_of,
 )
 from recur.models.tiles import Scratch, tiles
 
@@ -150,8 +151,9 @@ class _Layer(torch.autograd.Function):
         f, skip = factors(cum, dt, s.head, ctx.scaled, backwards=True), direct(saved.own, dt, D)
         sums, scratch = Sums.room(saved.past), Scratch(u)
         dout = u.new_zeros(b, length, len(w_out)) if dout is None else dout.contiguous()
-        after = torch.zeros_like(saved.end) if dend is None else by_group(dend, s.groups)
-        du, dwindow, dstate = (torch.empty_like(t) for t in (u, window, saved.end))
+        after = None if dend is None else by_group(dend, s.groups)
+        dstate = torch.empty_like(saved.end) if ctx.needs_input_grad[11] else None
+        du, dwindow = torch.empty_like(u), torch.empty_like(window)
         dw_zx, dback, dconv, dconv_b = (torch.zeros_like(t) for t in (w_zx, w_out, conv_w.t(), conv_b))
         for k in tiles(b, ctx.rows):
             lengths_k, segment_k = (None if m is None else m[k] for m in (lengths, segment))
@@ -173,7 +175,7 @@ class _Layer(torch.autograd.Function):
             piece_backward(
                 f.rows(k),
                 dy,
-                after[:, k],
+                rows_of(after, k),
                 x,
                 B,
                 C,
@@ -181,7 +183,7 @@ class _Layer(torch.autograd.Function):
                 kept,
                 marks,
                 to,
-                dstate[:, k],
+                rows_of(dstate, k),
                 sums.rows(k),
                 scratch,
             )
@@ -196,7 +198,7 @@ class _Layer(torch.autograd.Function):
             flat = dzx.view(-1, len(w_zx))
             torch.mm(flat, w_zx, out=du[k].view(-1, d_model))
             dw_zx.addmm_(flat.t(), u[k].view(-1, d_model))
-        ddt, dA, dD = finish(sums, cum, saved.own, dt, A, ctx.scaled)
+        ddt, dA, dD = finish(sums, f, saved.own, dt, A)
         ddt = ddt.view(dt_raw.shape) * torch.sigmoid(dt_raw)
         if live is not None:
             ddt = ddt * live.unsqueeze(-1)
@@ -205,7 +207,7 @@ class _Layer(torch.autograd.Function):
         dw_in = torch.cat([dw_zx, flat.t() @ u.view(-1, d_model)])
         return (
             None, du, dw_in, dconv.t(), dconv_b, flat.sum(0), dA.view_as(A), dD.view(-1), (dback * w_out).sum(0),
-            dback * norm_w, dwindow, by_head(dstate, s.heads), None, None, None, None,
+            dback * norm_w, dwindow, None if dstate is None else by_head(dstate, s.heads), None, None, None, None,
         )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from recur.models.ssd_kernels import (
     piece_backward,
     piece_forward,
     piece_rows,
+    rows_of,
 )
 from recur.models.tiles import Scratch, tiles
 
@@ -73,7 +74,7 @@ class _SSD(torch.autograd.Function):
         B: Tensor,
         C: Tensor,
         D: Tensor,
-        state: Tensor,
+        state: Tensor | None,
         segment: Tensor | None,
         chunk: int,
         scaled: bool,
@@ -81,12 +82,13 @@ class _SSD(torch.autograd.Function):
         cum = cumulate(dt, A)
         f = factors(cum, dt, x.shape[5], scaled)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        saved, before = Saved.room(x, x.shape, B.shape[-1]), by_group(state, x.shape[3])
+        saved = Saved.room(x, x.shape, B.shape[-1])
+        before = None if state is None else by_group(state, x.shape[3])
         rows, scratch = piece_rows(x.shape, scaled, x.device, PIECE), Scratch(x)
         for k in tiles(x.shape[0], rows):
             marks = None if segment is None else chunk_marks(segment[k], chunk, x.dtype)
             piece_forward(
-                f.rows(k), x[k], dt[k], B[k], C[k], D, before[:, k], marks, saved.rows(k), y[k], scratch
+                f.rows(k), x[k], dt[k], B[k], C[k], D, rows_of(before, k), marks, saved.rows(k), y[k], scratch
             )
         ctx.save_for_backward(x, dt, A, B, C, D, segment, cum, *saved)
         ctx.chunk, ctx.rows, ctx.scaled = chunk, rows, scaled
@@ -101,18 +103,19 @@ class _SSD(torch.autograd.Function):
         f = factors(cum, dt, x.shape[5], ctx.scaled, backwards=True)
         skip = direct(saved.own, dt, D)
         to = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C))
-        dstate = torch.empty_like(saved.end)
+        dstate = torch.empty_like(saved.end) if ctx.needs_input_grad[6] else None
         dy = torch.zeros_like(x) if dy is None else dy
-        after = torch.zeros_like(saved.end) if dend is None else by_group(dend, x.shape[3])
+        after = None if dend is None else by_group(dend, x.shape[3])
         for k in tiles(x.shape[0], ctx.rows):
             marks = None if segment is None else chunk_marks(segment[k], ctx.chunk, x.dtype)
             dx, dB, dC = (t[k] for t in to)
             piece_backward(
-                f.rows(k), dy[k], after[:, k], x[k], B[k], C[k], skip[k], saved.rows(k), marks, (dx, dB, dC),
-                dstate[:, k], sums.rows(k), scratch,
+                f.rows(k), dy[k], rows_of(after, k), x[k], B[k], C[k], skip[k], saved.rows(k), marks, (dx, dB, dC),
+                rows_of(dstate, k), sums.rows(k), scratch,
             )  # fmt: skip
-        ddt, dA, dD = finish(sums, cum, saved.own, dt, A, ctx.scaled)
-        return to[0], ddt, dA.view_as(A), *to[1:], dD, by_head(dstate, x.shape[4]), None, None, None
+        ddt, dA, dD = finish(sums, f, saved.own, dt, A)
+        dfirst = None if dstate is None else by_head(dstate, x.shape[4])
+        return to[0], ddt, dA.view_as(A), *to[1:], dD, dfirst, None, None, None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -158,9 +161,8 @@ def ssd(
     wide = torch.float32 if kind in (torch.float16, torch.bfloat16) else kind
     x, dt, A, B, C = (t.to(wide) for t in (x, dt, A, B, C))
     b, length, h, p = x.shape
-    g, n = B.shape[2:]
+    g = B.shape[2]
     skip = x.new_zeros(h) if D is None else D.to(wide)
-    state = x.new_zeros(b, h, p, n) if state is None else state.to(wide)
     q = chunk_length(length, chunk)
     if segment is not None and length % q:
         segment = torch.cat([segment, segment[:, -1:].expand(b, -length % q)], 1)
@@ -175,7 +177,7 @@ def ssd(
             parts[2],
             parts[3],
             skip.view(g, -1),
-            state,
+            None if state is None else state.to(wide),
             segment,
             q,
             scaled,
@@ -217,7 +219,7 @@ def ssd_step(
     else:
         wide = h // g * p
         flat = (b * g, wide, 1)
-        seen, after = _step_rows(
+        seen, after = _steprows_of(
             decay.expand_as(into).reshape(flat),
             into.reshape(flat),
             B.reshape(b * g, 1, n),
@@ -232,7 +234,7 @@ def ssd_step(
     return y.view(x.shape), state if inplace else after.view(state.shape)
 
 
-def _step_rows(
+def _steprows_of(
     decay: Tensor, into: Tensor, B: Tensor, C: Tensor, state: Tensor, inplace: bool
 ) -> tuple[Tensor, Tensor]:
     """C·S (R, 1, W) and the next state, of decay, into (R, W, 1), B, C (R, 1, N) and state (R, W, N)."""

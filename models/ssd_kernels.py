@@ -138,8 +138,13 @@ def piece_rows(shape: tuple[int, ...], scaled: bool, device: torch.device, input
 
 
 def by_group(state: Tensor, groups: int) -> Tensor:
-    """State (b, H, p, n) as (g, b, n, h·p), without a copy where it is contiguous."""
-    return torch.unflatten(state, 1, (groups, -1)).flatten(2, 3).permute(1, 0, 3, 2)
+    """State (b, H, p, n) as (g, b, n, h·p), contiguous."""
+    return torch.unflatten(state, 1, (groups, -1)).flatten(2, 3).permute(1, 0, 3, 2).contiguous()
+
+
+def rows_of(state: Tensor | None, k: slice) -> Tensor | None:
+    """Rows k of a state (g, b, n, h·p)."""
+    return None if state is None else state[:, k]
 
 
 def by_head(state: Tensor, heads: int) -> Tensor:
@@ -197,21 +202,18 @@ def factors(cum: Tensor, dt: Tensor, p: int, scaled: bool, backwards: bool = Fal
     return Factors(reach, late * rest, wide(reach[:, :, -1, ..., 0]), rest, late, cum=sums)
 
 
-def finish(
-    sums: Sums, cum: Tensor, own: Tensor, dt: Tensor, A: Tensor, scaled: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """d(dt) (b, c, Q, g, h), dA and dD (g, h), of sums over the whole batch."""
-    received, given = sums.received.double(), sums.given.double()
+def finish(sums: Sums, f: Factors, own: Tensor, dt: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """d(dt) (b, c, Q, g, h), dA and dD (g, h), of sums over the whole batch and the factors of the way back."""
+    given = ddt = sums.given.double()
     leaving = torch.unflatten(sums.leaving.double(), -1, (dt.shape[-1], -1)).sum(-1)
-    rest, ddt = dt, given
-    if scaled:
-        _, grow = _growth(cum, dt.dtype)
-        rest, ddt = grow * dt, given * grow
+    if f.lift is not None:
+        grow = f.late.squeeze(-1)
+        ddt = given * grow
         leaving[:, :-1] *= grow[:, 1:, -1]
-    dcum = received - given * rest
+    dcum = torch.addcmul(sums.received.double(), given, f.rest.squeeze(-1).double(), value=-1)
     dcum[:, :, -1] += leaving
     da = dcum.flip(2).cumsum(2).flip(2)
-    ddt = ddt + sums.dyx * own.unsqueeze(-1) + da * A.view(dt.shape[3:])
+    ddt = (ddt + sums.dyx * own.unsqueeze(-1)).addcmul_(da, A.view(dt.shape[3:]).double())
     return ddt.to(dt.dtype), (da * dt).sum((0, 1, 2)).to(dt.dtype), sums.dyx.sum((0, 1, 2))
 
 
@@ -231,10 +233,20 @@ def _through(f: Factors, marks: Marks | None, i: int) -> tuple[Tensor, Tensor]:
     return through, through if marks is None else through * marks.alive
 
 
+def _enter(state: Tensor | None, edge: Tensor | None, i: int, to: Tensor) -> None:
+    """Write the state of group i that comes first on the way, as its form scales it."""
+    if state is None:
+        to.zero_()
+    elif edge is None:
+        to.copy_(state[i])
+    else:
+        torch.mul(state[i], edge[:, 0, i], out=to)
+
+
 def _carry(first: Tensor, new: Tensor, through: Tensor, to: list[Tensor], order: int = 1) -> None:
-    """Write state_(k+1) = new_k + through_k ∘ state_k ``to`` places in turn, over the chunks k (dim 1 of the others);
-    ``order`` −1 takes the chunks from the last one."""
-    for n, factor, after in zip(new.unbind(1)[::order], through.unbind(1)[::order], to, strict=True):
+    """Write state_(k+1) = new_k + through_k ∘ state_k ``to`` places in turn, over the chunks k (dim 1 of the others),
+    as many as there are places; ``order`` −1 takes the chunks from the last one."""
+    for n, factor, after in zip(new.unbind(1)[::order], through.unbind(1)[::order], to, strict=False):
         torch.addcmul(n, first, factor, out=after)
         first = after
 
@@ -275,13 +287,13 @@ def piece_forward(
     B: Tensor,
     C: Tensor,
     D: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     marks: Marks | None,
     to: Saved,
     y: Tensor,
     scratch: Scratch,
 ) -> None:
-    """Write y and what the way back needs; ``state`` (g, b, n, h·p) enters."""
+    """Write y and what the way back needs; ``state`` (g, b, n, h·p) enters, or zeros."""
     for i in range(x.shape[3]):
         xi, dti, Bi, Ci, take, give = (_group(t, i) for t in (x, dt, B, C, f.take, f.give))
         past, own, yi = (_group(t, i) for t in (to.past, to.own, y))
@@ -292,12 +304,10 @@ def piece_forward(
         new = scratch("new", states.shape)
         torch.bmm(Bm.mT, xs, out=new.flatten(0, 1))
         step, through = _through(f, marks, i)
-        first, *later = states.unbind(1)
-        if f.edge is None:
-            first.copy_(state[i])
-        else:
+        if f.edge is not None:
             new.mul_(step)
-            torch.mul(state[i], f.edge[:, 0, i], out=first)
+        first, *later = states.unbind(1)
+        _enter(state, f.edge, i, first)
         _carry(first, new, through, [*later, to.end[i]])
         torch.bmm(Ci, Bi.mT, out=scores)
         own.copy_(scores.diagonal(dim1=1, dim2=2))
@@ -324,7 +334,7 @@ def piece_forward(
 def piece_backward(
     f: Factors,
     dy: Tensor,
-    dend: Tensor,
+    dend: Tensor | None,
     x: Tensor,
     B: Tensor,
     C: Tensor,
@@ -332,11 +342,12 @@ def piece_backward(
     saved: Saved,
     marks: Marks | None,
     to: tuple[Tensor, Tensor, Tensor],
-    dstate: Tensor,
+    dstate: Tensor | None,
     sums: Sums,
     scratch: Scratch,
 ) -> None:
-    """Write dx, dB and dC ``to`` tensors like x, B and C, d(state) and the sums; ``skip`` is :func:`direct`."""
+    """Write dx, dB and dC ``to`` tensors like x, B and C, d(state) where there is room for it, and the sums; ``dend`` is
+    the gradient of the last state, None for zeros, ``skip`` is :func:`direct`."""
     for i in range(x.shape[3]):
         xi, Bi, Ci, dyi = (_group(t, i) for t in (x, B, C, dy))
         take, give, rest, late = (_group(t, i) for t in (f.take, f.give, f.rest, f.late))
@@ -347,13 +358,11 @@ def piece_backward(
         into, dnew = scratch("into", states.shape), scratch("dnew", states.shape)
         torch.bmm(Cm.mT, dys, out=into.flatten(0, 1))
         step, through = _through(f, marks, i)
-        *earlier, last = dnew.unbind(1)
-        if f.edge is None:
-            last.copy_(dend[i])
-        else:
+        if f.edge is not None:
             into.mul_(step)
-            torch.mul(dend[i], f.edge[:, 0, i], out=last)
-        _carry(last, into, through, [*earlier[::-1], dstate[i]], -1)
+        *earlier, last = dnew.unbind(1)
+        _enter(dend, f.edge, i, last)
+        _carry(last, into, through, [*earlier[::-1], *([] if dstate is None else [dstate[i]])], -1)
         xs, dflat = torch.mul(xi, give, out=scratch("xs", xi.shape)), dnew.flatten(0, 1)
         dscores = scratch("dscores", scores.shape)
         if f.cum is None:
