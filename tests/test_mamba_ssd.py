@@ -119,6 +119,23 @@ def test_sequences_that_begin_inside_a_row_equal_the_token_loop(groups: int, str
     assert max(worst(run(ssd, given_, segment), run(loop, given_, segment)).values()) < 1e-12
 
 
+@pytest.mark.parametrize("strong", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_without_a_first_state_the_dual_begins_from_zeros_and_the_last_one_may_go_unused(
+    groups: int, strong: bool
+) -> None:
+    given_ = inputs(150, groups, strong)
+    parts = [given_[k].requires_grad_() for k in NAMES[:-1]]
+    weight = torch.linspace(-1.0, 1.0, 150, dtype=torch.float64).view(1, -1, 1, 1)
+    x, dt, A, B, C, D = parts
+    expected = loop(x, dt, A, B, C, D, torch.zeros_like(given_["state"]))[0]
+    got, end = ssd(x, dt, A, B, C, D)
+    assert (got - expected).abs().max() < 1e-12 and end.shape == given_["state"].shape
+    ours, theirs = (torch.autograd.grad((y * weight).sum(), parts) for y in (got, expected))
+    for name, one, other in zip(NAMES, ours, theirs, strict=False):
+        assert (one - other).abs().max() < 1e-12 * other.abs().max(), name
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("strong", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])

@@ -61,6 +61,16 @@ def test_compiled_the_layer_gives_the_same_output_and_gradients(kind: str) -> No
         assert (one[name] - other[name]).abs().max() < 1e-11, name
 
 
+def test_a_loss_of_the_output_alone_from_a_fresh_state_has_the_same_gradients_in_one_node() -> None:
+    made, u = mixer(2), torch.randn(3, 70, 12, dtype=torch.float64, requires_grad=True)
+    found = []
+    for way in (made.forward, made.composed):
+        y, _ = way(u, made.init_state(3))
+        found.append(torch.autograd.grad(y.square().sum(), [u, *made.parameters()]))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).abs().max() < 1e-11
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 31, 33, 70])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kind", ["plain", "padded", "resets", "both"])
