@@ -152,7 +152,7 @@ class _Layer(torch.autograd.Function):
         sums, scratch = Sums.room(saved.past), Scratch(u)
         dout = u.new_zeros(b, length, len(w_out)) if dout is None else dout.contiguous()
         after = None if dend is None else by_group(dend, s.groups)
-        dstate = torch.empty_like(saved.end) if ctx.needs_input_grad[11] else None
+        dstate = torch.empty_like(saved.end) if ctx.needs_input_grad[11] else None  # the state
         du, dwindow = torch.empty_like(u), torch.empty_like(window)
         dw_zx, dback, dconv, dconv_b = (torch.zeros_like(t) for t in (w_zx, w_out, conv_w.t(), conv_b))
         for k in tiles(b, ctx.rows):

@@ -5,7 +5,8 @@
 Within chunks of Q steps the recurrence is a handful of matrix products; between chunks the state is carried. Two
 forms give the same numbers (:mod:`recur.models.ssd_kernels`): the exact one takes any decay and has finite gradients
 under the strongest; the scaled one is faster and is taken on a CPU where no chunk's sum of |dt·A| reaches
-``SCALED_BELOW``, with shorter chunks where those are needed for it. On a CPU the batch is worked through in pieces that fit the cache.
+``SCALED_BELOW``, with shorter chunks where those are needed for it. On a CPU the batch is worked through in pieces
+that fit the cache.
 
 A step with dt = 0 leaves the state as it is. ``segment`` (B, T) counts the sequences that begin inside a row (0 up
 to the first beginning): where it rises the state is put back to zero before the step.
@@ -103,7 +104,7 @@ class _SSD(torch.autograd.Function):
         f = factors(cum, dt, x.shape[5], ctx.scaled, backwards=True)
         skip = direct(saved.own, dt, D)
         to = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C))
-        dstate = torch.empty_like(saved.end) if ctx.needs_input_grad[6] else None
+        dstate = torch.empty_like(saved.end) if ctx.needs_input_grad[6] else None  # the state
         dy = torch.zeros_like(x) if dy is None else dy
         after = None if dend is None else by_group(dend, x.shape[3])
         for k in tiles(x.shape[0], ctx.rows):

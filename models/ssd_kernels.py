@@ -130,7 +130,8 @@ class Sums(NamedTuple):
 def piece_rows(shape: tuple[int, ...], scaled: bool, device: torch.device, inputs: int) -> int:
     """Rows of x of ``shape`` (b, c, Q, g, h, p) to work on at a time, about ``inputs`` numbers of a group: fewer in the
     exact form, where a head's decays are as wide as a chunk. Up to three times as much where that makes five rows: their
-    states are carried from chunk to chunk together, and those of fewer are too small a task for two threads."""
+    states are carried from chunk to chunk together, and torch gives a second thread nothing to do below 32,769 numbers,
+    which is five states of 64 by 128."""
     b, c, q, _, h, p = shape
     each = c * q * h * (p if scaled else max(p, q))
     rows, most = (tile_rows(b, each, device, n) for n in (inputs, 3 * inputs))

@@ -236,8 +236,8 @@ def test_small_upstream_gradients_keep_the_digits_of_time_steps_and_decays(
     given_ = inputs(256, heads=2, batch=4)
     given_["dt"], given_["A"] = given_["dt"] * 0.1 + decay / 8, torch.full_like(given_["A"], -8.0)
 
-    def scaled(*args: Tensor | None) -> tuple[Tensor, Tensor]:
-        y, end = ssd(*args[:7])  # type: ignore[arg-type]
+    def scaled(*given: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, end = call({k: v for k, v in zip(NAMES, given, strict=False) if v is not None})
         return y * small, end * small
 
     single = run(scaled, {k: v.float() for k, v in given_.items()})
