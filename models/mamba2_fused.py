@@ -2,8 +2,8 @@
 
 The same computation as the composed path of :class:`recur.models.mamba2.Mamba2Mixer`. Step sizes, decays and the
 factors made of them are taken of the whole batch first. Then both directions go through the batch in pieces, so that
-little memory lies between the ends: projection, convolution, scan, gate and norm of a piece are done before the next
-one begins. Kept for the backward pass are the input, the projected values and what the scan saves; the convolution and
+little memory lies between the ends: projection, convolution, scan, gate and norm of some rows are done before the next
+begin. Kept for the backward pass are the input, the projected values and what the scan saves; the convolution and
 the gate are computed again, which is cheaper than to fetch them from memory.
 """
 
@@ -18,21 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from recur.models.conv import conv_backward, conv_forward, next_window
-from recur.models.ssd import PIECE, chunk_length, cumulate, fitting
-from recur.models.ssd_kernels import (
-    Saved,
-    Sums,
-    by_group,
-    by_head,
-    chunk_marks,
-    direct,
-    factors,
-    finish,
-    piece_backward,
-    piece_forward,
-    piece_rows,
-    rows_of,
-)
+from recur.models.ssd import PIECE, chunk_length, cumulate, fitting, for_later, from_earlier
+from recur.models.ssd_kernels import Sums, direct, factors, finish
+from recur.models.ssd_pieces import by_group, by_head, rooms, scan_backward, scan_forward, tile_of_rows
 from recur.models.tiles import Scratch, tiles
 
 
@@ -109,57 +97,60 @@ class _Layer(torch.autograd.Function):
         s = replace(s, chunk=chunk)
         chunks = (b, length // s.chunk, s.chunk, s.groups, s.heads, s.head)
         dt = dt.view(chunks[:-1])
-        cum, before = cumulate(dt, A), by_group(state, s.groups)
-        f = factors(cum, dt, s.head, scaled)
+        f, first = factors(cumulate(dt, A), dt, s.head, scaled), by_group(state, s.groups)
         zx, out = u.new_empty(b, length, len(w_zx)), u.new_empty(b, length, len(w_out))
         last, rstd = torch.empty_like(window), u.new_empty(b, length, s.groups, 1)
-        saved, back = Saved.room(u, chunks, s.state), (w_out * norm_w).t()
-        rows, scratch = piece_rows(chunks, scaled, u.device, PIECE), Scratch(u)
+        past, own, end = u.new_empty(chunks), u.new_empty(*chunks[:4], 1, 1), torch.empty_like(first)
+        back, scratch = (w_out * norm_w).t(), Scratch(u)
+        rows = tile_of_rows(chunks, scaled, u.device, PIECE)
+        size = rows, chunks[1]
+        saved = [
+            piece
+            for k in tiles(b, rows)
+            for piece in rooms(u, (len(u[k]), *chunks[1:]), s.state, not scaled, size)
+        ]
+        left = iter(saved)
         for k in tiles(b, rows):
             torch.mm(u[k].view(-1, d_model), w_zx.t(), out=zx[k].view(-1, len(w_zx)))
             lengths_k, segment_k = (None if m is None else m[k] for m in (lengths, segment))
             z, raw, _, (x, B, C) = _convolved(s, zx[k], conv_w, conv_b, window[k], segment_k)
-            marks, y = (
-                None if segment_k is None else chunk_marks(segment_k, s.chunk, u.dtype),
-                torch.empty_like(x),
-            )
-            piece_forward(f.rows(k), x, dt[k], B, C, D, before[:, k], marks, saved.rows(k), y, scratch)
+            y = torch.empty_like(x)
+            to = (y, past[k], own[k], end[:, k])
+            scan_forward(f.rows(k), x, dt[k], B, C, D, first[:, k], segment_k, size, to, left, scratch)
             gated = torch.unflatten(y.view(z.shape).mul_(F.silu(z)), -1, (s.groups, -1))
             mean = torch.linalg.vecdot(gated, gated).unsqueeze(-1).div_(gated.shape[-1])
             torch.rsqrt(mean.add_(s.eps), out=rstd[k])
             torch.mm(gated.mul_(rstd[k]).view(-1, s.inner), back, out=out[k].view(-1, len(w_out)))
             last[k] = next_window(raw, window[k], lengths_k, segment_k)
         ctx.save_for_backward(
-            u, w_in, conv_w, conv_b, A, D, norm_w, w_out, window, lengths, live, segment, dt_raw, cum, zx, rstd,
-            *saved,
+            u, w_in, conv_w, conv_b, A, D, norm_w, w_out, window, lengths, live, segment, dt_raw, zx, rstd,
+            past, own, end, *for_later(f, saved),
         )  # fmt: skip
-        ctx.s, ctx.rows, ctx.scaled, ctx.compiled = s, rows, scaled, compiled
+        ctx.s, ctx.size, ctx.compiled = s, size, compiled
         ctx.set_materialize_grads(False)
-        return out, last, by_head(saved.end, s.heads)
+        return out, last, by_head(end, s.heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None, dend: Tensor | None) -> tuple[Any, ...]:
-        (u, w_in, conv_w, conv_b, A, D, norm_w, w_out, window, lengths, live, segment, dt_raw, cum, zx, rstd,
-         *rest) = ctx.saved_tensors  # fmt: skip
+        (u, w_in, conv_w, conv_b, A, D, norm_w, w_out, window, lengths, live, segment, dt_raw, zx, rstd,
+         past, own, end, *rest) = ctx.saved_tensors  # fmt: skip
         s: Shape = ctx.s
-        saved = Saved(*rest)
+        f, saved = from_earlier(rest, s.head)
         b, length, d_model = u.shape
         w_zx, w_dt = torch.split(w_in, [s.inner + s.conv, dt_raw.shape[-1]])
         back = w_out * norm_w
-        dt = _steps(dt_raw, live).view(cum.shape)
-        f, skip = factors(cum, dt, s.head, ctx.scaled, backwards=True), direct(saved.own, dt, D)
-        sums, scratch = Sums.room(saved.past), Scratch(u)
+        dt = _steps(dt_raw, live).view(past.shape[:-1])
+        skip, sums, scratch = direct(own, dt.unsqueeze(-1), D.unsqueeze(-1)), Sums.room(past), Scratch(u)
         dout = u.new_zeros(b, length, len(w_out)) if dout is None else dout.contiguous()
         after = None if dend is None else by_group(dend, s.groups)
-        dstate = torch.empty_like(saved.end) if ctx.needs_input_grad[11] else None  # the state
+        dstate = torch.empty_like(end) if ctx.needs_input_grad[11] else None  # the state
         du, dwindow = torch.empty_like(u), torch.empty_like(window)
         dw_zx, dback, dconv, dconv_b = (torch.zeros_like(t) for t in (w_zx, w_out, conv_w.t(), conv_b))
-        for k in tiles(b, ctx.rows):
+        for k in tiles(b, ctx.size[0]):
             lengths_k, segment_k = (None if m is None else m[k] for m in (lengths, segment))
             z, raw, pre, (x, B, C) = _convolved(s, zx[k], conv_w, conv_b, window[k], segment_k)
-            kept = saved.rows(k)
-            y, gate = torch.addcmul(kept.past, x, skip[k]).view(z.shape), F.silu(z)
+            y, gate = torch.addcmul(past[k], x, skip[k]).view(z.shape), F.silu(z)
             normed = torch.unflatten(y * gate, -1, (s.groups, -1)).mul_(rstd[k])
             do = dout[k].view(-1, len(w_out))
             dback.addmm_(do.t(), normed.view(-1, s.inner))
@@ -170,20 +161,22 @@ class _Layer(torch.autograd.Function):
             dz, draw = torch.split(dzx, [s.inner, s.conv], -1)
             torch.ops.aten.silu_backward.grad_input(y.mul_(dgated), z, grad_input=dz)
             dy = dgated.mul_(gate).view(x.shape)
-            marks = None if segment_k is None else chunk_marks(segment_k, s.chunk, u.dtype)
             to = (torch.empty_like(x), torch.empty_like(B), torch.empty_like(C))
-            piece_backward(
+            scan_backward(
                 f.rows(k),
                 dy,
-                rows_of(after, k),
+                None if after is None else after[:, k],
                 x,
+                past[k],
                 B,
                 C,
                 skip[k],
-                kept,
-                marks,
+                saved,
+                end[:, k],
+                segment_k,
+                ctx.size,
                 to,
-                rows_of(dstate, k),
+                None if dstate is None else dstate[:, k],
                 sums.rows(k),
                 scratch,
             )
@@ -198,7 +191,7 @@ class _Layer(torch.autograd.Function):
             flat = dzx.view(-1, len(w_zx))
             torch.mm(flat, w_zx, out=du[k].view(-1, d_model))
             dw_zx.addmm_(flat.t(), u[k].view(-1, d_model))
-        ddt, dA, dD = finish(sums, f, saved.own, dt, A)
+        ddt, dA, dD = finish(sums, f, own, dt, A)
         ddt = ddt.view(dt_raw.shape) * torch.sigmoid(dt_raw)
         if live is not None:
             ddt = ddt * live.unsqueeze(-1)

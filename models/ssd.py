@@ -16,34 +16,24 @@ State layout: (B, H, P, N) for H heads of P channels and N states; of G groups o
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recur.models.ssd_kernels import (
-    Saved,
-    Sums,
-    by_group,
-    by_head,
-    chunk_marks,
-    direct,
-    factors,
-    finish,
-    piece_backward,
-    piece_forward,
-    piece_rows,
-    rows_of,
-)
-from recur.models.tiles import Scratch, tiles
+from recur.models.ssd_kernels import Factors, Saved, Sums, back, direct, factors, finish
+from recur.models.ssd_pieces import by_group, by_head, piece_size, rooms, scan_backward, scan_forward
+from recur.models.tiles import Scratch
 
 CHUNK = 64
 """Longest chunk: half as many states to write and read as with 32 outweigh the longer products within chunks."""
 SCALED_BELOW = 80.0
 """Largest Σ|dt·A| of a chunk for the scaled form: its factors stay within e^±40."""
 PIECE = 1 << 18
-"""Size of a piece for ``piece_rows``: on a CPU what is made on the way is still in the cache when it is needed."""
+"""Numbers of a piece's largest tensor: on a CPU what is made on the way is still in the cache when it is needed."""
 
 
 def fitting(dt: Tensor, A: Tensor, chunk: int) -> tuple[int, bool]:
@@ -65,6 +55,17 @@ def cumulate(dt: Tensor, A: Tensor) -> Tensor:
     return (dt * A.view(dt.shape[3:])).cumsum(2, dtype=torch.float64)
 
 
+def for_later(f: Factors, saved: list[Saved]) -> tuple[Tensor | None, ...]:
+    """What the backward pass needs of factors and pieces, as a flat tuple for autograd to keep."""
+    return (*f._replace(cum=None, fine=None), *chain.from_iterable(saved))
+
+
+def from_earlier(kept: Sequence[Any], p: int) -> tuple[Factors, Iterator[Saved]]:
+    """The factors of the way back and the pieces, of ``for_later`` for heads of p channels."""
+    n, each = len(Factors._fields), len(Saved._fields)
+    return back(Factors(*kept[:n]), p), (Saved(*kept[i : i + each]) for i in range(n, len(kept), each))
+
+
 class _SSD(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -77,51 +78,43 @@ class _SSD(torch.autograd.Function):
         D: Tensor,
         state: Tensor | None,
         segment: Tensor | None,
-        chunk: int,
         scaled: bool,
     ) -> tuple[Tensor, Tensor]:
-        cum = cumulate(dt, A)
-        f = factors(cum, dt, x.shape[5], scaled)
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        saved = Saved.room(x, x.shape, B.shape[-1])
-        before = None if state is None else by_group(state, x.shape[3])
-        rows, scratch = piece_rows(x.shape, scaled, x.device, PIECE), Scratch(x)
-        for k in tiles(x.shape[0], rows):
-            marks = None if segment is None else chunk_marks(segment[k], chunk, x.dtype)
-            piece_forward(
-                f.rows(k), x[k], dt[k], B[k], C[k], D, rows_of(before, k), marks, saved.rows(k), y[k], scratch
-            )
-        ctx.save_for_backward(x, dt, A, B, C, D, segment, cum, *saved)
-        ctx.chunk, ctx.rows, ctx.scaled = chunk, rows, scaled
+        b, _, _, g, h, p = x.shape
+        f = factors(cumulate(dt, A), dt, p, scaled)
+        y, past = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+        own, end = x.new_empty(*x.shape[:4], 1, 1), x.new_empty(g, b, B.shape[-1], h * p)
+        first = None if state is None else by_group(state, g)
+        size = piece_size(x.shape, B.shape[-1], scaled, x.device, PIECE)
+        saved = rooms(x, x.shape, B.shape[-1], not scaled, size)
+        to = (y, past, own, end)
+        scan_forward(f, x, dt, B, C, D, first, segment, size, to, iter(saved), Scratch(x))
+        ctx.save_for_backward(x, dt, A, B, C, D, segment, past, own, end, *for_later(f, saved))
+        ctx.size = size
         ctx.set_materialize_grads(False)
-        return y, by_head(saved.end, x.shape[4])
+        return y, by_head(end, h)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dend: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, segment, cum, *rest = ctx.saved_tensors
-        saved, sums, scratch = Saved(*rest), Sums.room(x), Scratch(x)
-        f = factors(cum, dt, x.shape[5], ctx.scaled, backwards=True)
-        skip = direct(saved.own, dt, D)
+        x, dt, A, B, C, D, segment, past, own, end, *rest = ctx.saved_tensors
+        f, saved = from_earlier(rest, x.shape[5])
+        sums, skip = Sums.room(x), direct(own, dt.unsqueeze(-1), D.unsqueeze(-1))
         to = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C))
-        dstate = torch.empty_like(saved.end) if ctx.needs_input_grad[6] else None  # the state
+        dfirst = torch.empty_like(end) if ctx.needs_input_grad[6] else None  # the state
         dy = torch.zeros_like(x) if dy is None else dy
         after = None if dend is None else by_group(dend, x.shape[3])
-        for k in tiles(x.shape[0], ctx.rows):
-            marks = None if segment is None else chunk_marks(segment[k], ctx.chunk, x.dtype)
-            dx, dB, dC = (t[k] for t in to)
-            piece_backward(
-                f.rows(k), dy[k], rows_of(after, k), x[k], B[k], C[k], skip[k], saved.rows(k), marks, (dx, dB, dC),
-                rows_of(dstate, k), sums.rows(k), scratch,
-            )  # fmt: skip
-        ddt, dA, dD = finish(sums, f, saved.own, dt, A)
-        dfirst = None if dstate is None else by_head(dstate, x.shape[4])
-        return to[0], ddt, dA.view_as(A), *to[1:], dD, dfirst, None, None, None
+        scan_backward(
+            f, dy, after, x, past, B, C, skip, saved, end, segment, ctx.size, to, dfirst, sums, Scratch(x)
+        )
+        ddt, dA, dD = finish(sums, f, own, dt, A)
+        dstate = None if dfirst is None else by_head(dfirst, x.shape[4])
+        return to[0], ddt, dA.view_as(A), *to[1:], dD, dstate, None, None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _untraced(*args: Any) -> tuple[Tensor, Tensor]:
-    """On a CPU a compiler would break the scan up where its form is chosen and at every product written to its place."""
+    """To a compiler the scan is one call: traced, it would break up at products that are written to their place."""
     out: tuple[Tensor, Tensor] = _SSD.apply(*args)  # type: ignore[no-untyped-call]
     return out
 
@@ -171,7 +164,7 @@ def ssd(
     q, scaled = fitting(padded[1], A, q)
     parts = [torch.unflatten(t, 1, (-1, q)) for t in padded]
     with torch.autocast(x.device.type, enabled=False):
-        y, end = (_untraced if x.device.type == "cpu" else _SSD.apply)(
+        y, end = _untraced(
             torch.unflatten(parts[0], 3, (g, -1)),
             torch.unflatten(parts[1], 3, (g, -1)),
             A,
@@ -180,7 +173,6 @@ def ssd(
             skip.view(g, -1),
             None if state is None else state.to(wide),
             segment,
-            q,
             scaled,
         )
     return y.view(b, -1, h, p)[:, :length].to(kind), end

@@ -25,11 +25,15 @@ class Scratch:
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
-        self._kept: dict[tuple[str, torch.Size, torch.dtype | None], Tensor] = {}
+        self._memory: dict[tuple[str, int], Tensor] = {}
+        self._views: dict[tuple[str, torch.Size], Tensor] = {}
 
-    def __call__(self, name: str, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
-        """Contiguous memory of that name, shape and type, with whatever was written there last."""
-        kept = self._kept.get((name, shape, dtype))
-        if kept is None:
-            kept = self._kept[name, shape, dtype] = self._like.new_empty(shape, dtype=dtype)
-        return kept
+    def __call__(self, name: str, shape: torch.Size) -> Tensor:
+        """Contiguous memory of that name and size in that shape, with whatever was written there last."""
+        view = self._views.get((name, shape))
+        if view is None:
+            kept = self._memory.get((name, shape.numel()))
+            view = self._like.new_empty(shape) if kept is None else kept.view(shape)
+            self._memory.setdefault((name, shape.numel()), view)
+            self._views[name, shape] = view
+        return view

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recur.models import ssd as ssd_module
-from recur.models import ssd_kernels
 from recur.models.ssd import CHUNK, chunk_length, fitting, ssd, ssd_step
-from recur.models.ssd_kernels import by_group, by_head, piece_rows
+from recur.models.ssd_pieces import by_group, by_head, piece_size, rooms, tile_of_rows
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "state")
 LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7, 257)
@@ -136,28 +137,47 @@ def test_without_a_first_state_the_dual_begins_from_zeros_and_the_last_one_may_g
         assert (one - other).abs().max() < 1e-12 * other.abs().max(), name
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (3, 1), (1, 2), (1, 8), (2, 8)])
 @pytest.mark.parametrize("strong", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_batch_worked_on_in_pieces_equals_the_token_loop(
-    groups: int, strong: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+    groups: int, strong: bool, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssd_module, "piece_rows", lambda *_: rows)
+    monkeypatch.setattr(ssd_module, "piece_size", lambda *_: size)
     given_ = inputs(71, groups, strong, batch=3)
     segment = (torch.arange(71) >= torch.tensor([[30], [71], [64]])).long()
-    assert max(worst(run(ssd, given_, segment), run(loop, given_, segment)).values()) < 1e-12
+    for ends in (segment, None):
+        assert max(worst(run(partial(ssd, chunk=16), given_, ends), run(loop, given_, ends)).values()) < 1e-12
 
 
 def test_a_piece_has_about_the_numbers_asked_for_and_on_a_gpu_256_times_as_many() -> None:
     shape, cpu = (100, 4, 64, 2, 8, 16), torch.device("cpu")
-    assert piece_rows(shape, True, cpu, 1 << 18) == 8
-    assert piece_rows(shape, False, cpu, 1 << 18) == 5
-    assert piece_rows(shape, True, cpu, 1 << 17) == 5
-    assert piece_rows(shape, True, cpu, 1 << 16) == 5
-    assert piece_rows(shape, True, cpu, 1 << 15) == 3
-    assert piece_rows(shape, True, cpu, 1) == 1
-    assert piece_rows(shape, True, cpu, 1 << 30) == 100
-    assert piece_rows(shape, True, torch.device("cuda"), 1 << 12) == 32
+    assert piece_size(shape, 16, True, cpu, 1 << 18) == (25, 1)
+    assert piece_size(shape, 128, True, cpu, 1 << 18) == (15, 1)
+    assert piece_size(shape, 16, False, cpu, 1 << 18) == (8, 1)
+    assert piece_size(shape, 16, True, cpu, 1) == (1, 1)
+    assert piece_size(shape, 16, True, cpu, 1 << 30) == (100, 4)
+    assert piece_size(shape, 16, True, torch.device("cuda"), 1 << 12) == (100, 1)
+    few = (5, 8, 64, 2, 8, 16)
+    assert piece_size(few, 16, True, cpu, 1 << 18) == (5, 8)
+    assert piece_size(few, 16, True, cpu, 1 << 16) == (5, 1)
+    assert piece_size((5, 80, *few[2:]), 16, True, cpu, 1 << 18) == (1, 32)
+
+
+def test_whole_rows_are_five_at_least_where_that_is_no_more_than_three_times_the_numbers() -> None:
+    shape, cpu = (100, 4, 64, 2, 8, 16), torch.device("cpu")
+    assert tile_of_rows(shape, True, cpu, 1 << 18) == 8
+    assert tile_of_rows(shape, False, cpu, 1 << 18) == 5
+    assert tile_of_rows(shape, True, cpu, 1 << 16) == 5
+    assert tile_of_rows(shape, True, cpu, 1 << 15) == 3
+    assert tile_of_rows(shape, True, cpu, 1) == 1
+    assert tile_of_rows(shape, True, cpu, 1 << 30) == 100
+    assert tile_of_rows(shape, True, torch.device("cuda"), 1 << 12) == 32
+
+
+def test_a_piece_of_a_part_of_several_rows_is_refused_because_its_memory_has_gaps() -> None:
+    with pytest.raises(ValueError, match=r"one chunk, whole rows or one row, not \(2, 2\)"):
+        rooms(torch.empty(0), (3, 5, 16, 1, 2, 6), 5, False, (2, 2))
 
 
 @pytest.mark.parametrize("seed", [0, 2, 4, 5, 7])
@@ -229,7 +249,7 @@ def test_a_chunk_that_cannot_be_halved_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("small", [1e-6, 1e-12])
-@pytest.mark.parametrize("decay", [1.2, 2.4, 4.8])
+@pytest.mark.parametrize("decay", [0.6, 1.2, 2.4, 4.8])
 def test_small_upstream_gradients_keep_the_digits_of_time_steps_and_decays(
     decay: float, small: float
 ) -> None:
@@ -245,21 +265,15 @@ def test_small_upstream_gradients_keep_the_digits_of_time_steps_and_decays(
     assert off.pop("dA") < 1e-4 and max(off.values()) < 4e-6
 
 
-def test_the_heads_of_a_long_row_are_worked_on_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    given_ = inputs(71, 2, strong=True, heads=6, batch=2)
-    whole = run(ssd, given_)
-    for at_once in (1, 2 * 2 * 4 * 20 * 20):
-        monkeypatch.setattr(ssd_kernels, "DECAYS", at_once)
-        assert max(worst(run(ssd, given_), whole).values()) < 1e-12
-
-
 @pytest.mark.filterwarnings("ignore")
-def test_traced_as_on_a_gpu_the_dual_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssd_module, "_untraced", ssd_module._SSD.apply)
-    monkeypatch.setattr(ssd_module, "fitting", lambda dt, A, chunk: (chunk, False))
+def test_between_compiled_operations_the_dual_gives_the_same_numbers() -> None:
+    def doubled(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        y, end = ssd(2 * x, *rest)
+        return 3 * y, end
+
     given_ = inputs(71, 2)
-    traced = run(torch.compile(ssd, backend="aot_eager"), given_)
-    assert max(worst(traced, run(ssd, given_)).values()) < 1e-12
+    compiled = run(torch.compile(doubled, backend="aot_eager"), given_)
+    assert max(worst(compiled, run(doubled, given_)).values()) < 1e-12
 
 
 def test_marks_may_lie_in_memory_as_they_like() -> None:

@@ -78,7 +78,7 @@ def test_a_loss_of_the_output_alone_from_a_fresh_state_has_the_same_gradients_in
 def test_one_node_in_pieces_and_the_composed_layer_give_the_same_output_and_gradients(
     form: str, groups: int, length: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mamba2_fused, "piece_rows", lambda *_: 2)
+    monkeypatch.setattr(mamba2_fused, "tile_of_rows", lambda *_: 2)
     monkeypatch.setattr(ssd, "SCALED_BELOW", 0.0 if form == "exact" else 1e9)
     made, u = mixer(groups), torch.randn(3, length, 12, dtype=torch.float64)
     lengths = torch.tensor([length, length // 2, 0]) if kind in ("padded", "both") else None
