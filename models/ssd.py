@@ -33,7 +33,7 @@ CHUNK = 64
 SCALED_BELOW = 80.0
 """Largest Σ|dt·A| of a chunk for the scaled form: its factors stay within e^±40."""
 PIECE = 1 << 18
-"""Numbers of a piece's largest tensor: on a CPU what is made on the way is still in the cache when it is needed."""
+"""Numbers of a piece, see ``piece_size``: on a CPU what is made on the way is still in the cache when it is needed."""
 
 
 def fitting(dt: Tensor, A: Tensor, chunk: int) -> tuple[int, bool]:

@@ -34,9 +34,10 @@ Pieces = Iterable[Iterable[Any]]
 def piece_size(
     shape: tuple[int, ...], n: int, scaled: bool, device: torch.device, numbers: int
 ) -> tuple[int, int]:
-    """Rows and chunks of x of ``shape`` (b, c, Q, g, h, p) to work on at a time, for n states: about ``numbers`` of the
-    largest of inputs, states and decays. One chunk of many rows, whose states are carried together; where rows are few,
-    whole rows or chunks of one row, because only these follow each other in memory."""
+    """Rows and chunks of x of ``shape`` (b, c, Q, g, h, p) to work on at a time, for n states. One chunk of as many rows, whose
+    states are carried together, as make about ``numbers`` of the largest of inputs, states and decays; where rows are
+    few, whole rows as :func:`tile_of_rows` has them, or chunks of one row: of one group, these follow each other in memory.
+    """
     b, c, q, _, h, p = shape
     room = tile_rows(b * c, h * max(q * p, n * p, 0 if scaled else q * q), device, numbers)
     if 2 * b >= room:
@@ -45,8 +46,8 @@ def piece_size(
 
 
 def tile_of_rows(shape: tuple[int, ...], scaled: bool, device: torch.device, numbers: int) -> int:
-    """Whole rows of x of ``shape`` (b, c, Q, g, h, p) to work on at a time where there is more to do with them than the
-    scan: about ``numbers`` numbers of a group, fewer in the exact form where a head's decays are wider than its inputs. Up
+    """Whole rows of x of ``shape`` (b, c, Q, g, h, p) to work on at a time where rows are few or there is more to do with
+    them than the scan: about ``numbers`` numbers of a group, fewer in the exact form where a head's decays are wider than its inputs. Up
     to three times as much where that makes five rows: torch gives a second thread nothing to do below 32,769 numbers,
     which is five states of 64 by 128."""
     b, c, q, _, h, p = shape
