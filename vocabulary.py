@@ -105,6 +105,9 @@ INTERVALS: dict[str, int] = {
 CATEGORIES = ("linear", "inverse", "spot")
 CANDLE_KINDS = ("trade", "mark", "index", "premium")
 
+PATTERNED = "hybrid:"
+"""What comes before a pattern of layers in the name of a model, as in ``hybrid:M-M*-``."""
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` when ``word`` is close to a known one, else an empty string."""

@@ -2,7 +2,8 @@
 
 Walk-forward as in ``real.py``: trained on all bars before 2025-07-01 (less gap and validation) of Bybit perpetuals and
 the pool of Binance files, judged on 2025-07-01 … 2026-02-08 for BTC, ETH, SOL and BNB. All models have the same width,
-windows, epochs, learning rate and seeds, so that nothing but the recurrence differs.
+windows, epochs, learning rate and seeds, so that nothing but the recurrence differs; all have one layer, but for the
+hybrid, which needs some of each kind.
 
 ``python benchmarks/zoo.py [--models gru,lstm] [--seeds 0,1,2]``: one JSON per model and seed in ``--out``; those that
 are there are kept, and a training that was cut off goes on from its last epoch. ``--table`` prints what is there.
@@ -61,8 +62,6 @@ from recur.vocabulary import INTERVALS, parse_time
 Floats = NDArray[np.float64]
 POOL = ("candles_binance_perp_1h.parquet", "candles_binance_spot_1h.parquet")
 SINCE, UNTIL = "2025-07-01", {"": "2026-02-08", "15m": "2026-01-05", "5m": "2026-02-08"}
-LAYERS = {"hybrid": 4}
-"""Models that are a pattern of unlike layers need some of each; every other has one."""
 FINER_WINDOW = 4096
 VARIANTS = ("hourly", "measures", "finer")
 
@@ -161,7 +160,7 @@ def judge(hourly: Problem) -> Judge:
 
 def train_and_judge(p: Problem, who: Judge, name: str, seed: int, epochs: int, work: Path) -> dict[str, Any]:
     train = replace(p.config.train, seed=seed, epochs=epochs, device="cpu")
-    model = replace(p.config.model, name=name, layers=LAYERS.get(name, 1))
+    model = replace(p.config.model, name=name)
     net = build_net(replace(p.config, train=train, model=model), p.transform, p.symbols)
     work.mkdir(parents=True, exist_ok=True)
     clock = work / "seconds.json"
@@ -296,7 +295,7 @@ def table(folder: Path, kinds: Sequence[str]) -> None:
             "500: us",
         )
         rows = []
-        order = [n for n in (*MODELS, "lightgbm") if n in found]
+        order = sorted(found, key=lambda n: (*MODELS, n, "lightgbm").index(n))
         for name in order:
             runs = found[name]
             cells = []

@@ -56,7 +56,9 @@ def own_core(source: bytes, name: str, path: str) -> Core:
                 f"{where} fails parity in float64: largest differences {report}, tolerated {TOLERANCE:g}.",
                 _HINT,
             )
-    return Core(f"{Path(path).name}:{name}", make, bool(getattr(cls, "continuous", False)), source)
+    return Core(
+        f"{Path(path).name}:{name}", make, continuous=bool(getattr(cls, "continuous", False)), source=source
+    )
 
 
 _HINT = "docs/training.md says what a model must do."

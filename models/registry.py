@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from recur.models.interface import SequenceModel
-from recur.vocabulary import UsageError, did_you_mean
+from recur.vocabulary import PATTERNED, UsageError, did_you_mean
 
 
 class Make(Protocol):
@@ -25,12 +25,14 @@ class Make(Protocol):
 class Core:
     """A model that can be built, and what must be known about it.
 
+    ``layers``: as many as it has where nobody asks for a number.
     ``continuous``: its state moves with the elapsed time, so missing bars are skipped instead of being inputs.
     ``source``: the text of the file that a user's own model comes from; empty for those of the table.
     """
 
     name: str
     make: Make
+    layers: int = 1
     continuous: bool = False
     source: bytes = b""
 
@@ -43,7 +45,10 @@ MODELS: dict[str, str] = {
     "mingru": "recur.models.mingru:MinGRU",
     "minlstm": "recur.models.mingru:MinLSTM",
     "ssm": "recur.models.ssm:DiagonalSSM",
+    "ssm_real": "recur.models.ssm:RealSSM",
     "ctrnn": "recur.models.ctrnn:CTRNN",
+    "ctrnn_euler": "recur.models.ctrnn:CTRNNEuler",
+    "ctrnn_rk4": "recur.models.ctrnn:CTRNNRK4",
     "cfc": "recur.models.cfc:CfC",
     "ltc": "recur.models.ltc:LTC",
     "sparse": "recur.models.sparse:SparseRNN",
@@ -62,19 +67,29 @@ def is_own(name: str) -> bool:
 
 def model_label(name: str) -> str:
     """What a model is called in run ids, tables and the ledger: its name, or the class of a user's own."""
-    return name.rpartition(":")[2] if is_own(name) else name
+    return name.rpartition(":")[2] if is_own(name) else name.partition(":")[0]
 
 
 def table_core(name: str) -> Core:
-    """The model of that name in the table; UsageError for an unknown name. Never reads a user's file."""
+    """The model of that name in the table, or the hybrid of a pattern; UsageError for an unknown name. Never reads a
+    user's file."""
+    if name.startswith(PATTERNED):
+        return _of_pattern(name)
     if name not in MODELS:
         near = did_you_mean(name, MODELS)
         raise UsageError(
-            f"Unknown model '{name}': expected one of {', '.join(MODELS)}, or a file.py:Class.{near}"
+            f"Unknown model '{name}': expected one of {', '.join(MODELS)}, hybrid:PATTERN, or a file.py:Class.{near}"
         )
     module, _, cls = MODELS[name].partition(":")
     make = getattr(import_module(module), cls)
-    return Core(name, make, bool(getattr(make, "continuous", False)))
+    return Core(name, make, getattr(make, "usual_layers", 1), getattr(make, "continuous", False))
+
+
+def _of_pattern(name: str) -> Core:
+    from recur.models.residual import Stack, checked_pattern
+
+    pattern = checked_pattern(name.removeprefix(PATTERNED))
+    return Core(name, lambda d_in, d_out, layers, dropout: Stack(d_in, d_out, pattern, dropout), len(pattern))
 
 
 def find_core(name: str) -> Core:

@@ -81,6 +81,13 @@ def nemotron_pattern(n_layers: int) -> str:
     return "M" * odd + "".join("M*-" if i in with_attention else "M-" for i in range(units))
 
 
+def checked_pattern(pattern: str) -> str:
+    """``pattern`` itself; UsageError where it is empty or holds other letters than :data:`MIXERS`."""
+    if not pattern or set(pattern) - MIXERS.keys():
+        raise UsageError(f"A layer pattern consists of {' '.join(MIXERS)}, found '{pattern}'.")
+    return pattern
+
+
 class Stack(nn.Module):
     """A sequence model (B, T, d_in) → (B, T, d_out) with blocks of width d_out after ``pattern``.
 
@@ -89,9 +96,7 @@ class Stack(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, pattern: str, dropout: float = 0.0) -> None:
         super().__init__()
-        if not pattern or set(pattern) - MIXERS.keys():
-            raise UsageError(f"A layer pattern consists of {' '.join(MIXERS)}, found '{pattern}'.")
-        self.d_in, self.d_out, self.pattern = d_in, d_out, pattern
+        self.d_in, self.d_out, self.pattern = d_in, d_out, checked_pattern(pattern)
         self.in_proj = nn.Linear(d_in, d_out)
         self.norms = nn.ModuleList([RMSNorm(d_out) for _ in pattern])
         self.mixers = nn.ModuleList([MIXERS[letter](d_out) for letter in pattern])
@@ -168,6 +173,9 @@ class Attention(Stack):
 
 class Hybrid(Stack):
     """``layers`` blocks of Mamba-2, feed-forward and about 8 % attention, after :func:`nemotron_pattern`."""
+
+    usual_layers = 13
+    """``M-M-M-M*-M-M-``: the fewest that have the published share of attention, one in thirteen."""
 
     def __init__(self, d_in: int, d_out: int, layers: int = 1, dropout: float = 0.0) -> None:
         super().__init__(d_in, d_out, nemotron_pattern(layers), dropout)

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from recur.vocabulary import (
     CATEGORIES,
     INTERVALS,
+    PATTERNED,
     UsageError,
     did_you_mean,
     parse_symbol,
@@ -260,13 +261,13 @@ class ModelConfig:
     """The network."""
 
     name: str = "gru"
-    """Name of the model, or path/to/file.py:Class for one of your own."""
+    """Name of the model; hybrid:M-M*- for layers of your choice; path/to/file.py:Class for a model of your own."""
 
     hidden: int = 64
     """Width of the recurrent state, 1 to 4096."""
 
-    layers: int = 1
-    """Recurrent layers, 1 to 16."""
+    layers: int = 0
+    """Layers, 1 to 128; 0 for as many as the model has by itself: 13 in a hybrid, those of its pattern, else 1."""
 
     embed: int = 4
     """Width of the learned vector of each symbol, 0 (none) to 256."""
@@ -278,8 +279,15 @@ class ModelConfig:
     """Whether the centre of the forecast may leave zero: true lets the model bet on direction."""
 
     def __post_init__(self) -> None:
-        rules = {"name": _Rule("expected a name", bool), "hidden": _within(1, 4096), "layers": _within(1, 16)}
+        rules = {
+            "name": _Rule("expected a name", bool),
+            "hidden": _within(1, 4096),
+            "layers": _within(0, 128),
+        }
         _verify(self, "model", rules | {"embed": _within(0, 256), "dropout": _within(0, 0.9)})
+        pattern = self.name.removeprefix(PATTERNED)
+        if pattern != self.name and self.layers not in (0, len(pattern)):
+            raise ConfigProblems([("model.layers", f"= {self.layers}: {self.name} has {len(pattern)}")])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -71,7 +71,7 @@ def _fresh_net(
             n_symbols=n_symbols,
             horizons=horizons,
             hidden=config.model.hidden,
-            layers=config.model.layers,
+            layers=config.model.layers or core.layers,
             embed=config.model.embed,
             dropout=config.model.dropout,
             drift=config.model.drift,

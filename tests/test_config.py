@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from recur.pipeline.config import SECTIONS, BacktestConfig, Config, FetchConfig, MarketConfig, TrainConfig
+from recur.pipeline.config import (
+    SECTIONS,
+    BacktestConfig,
+    Config,
+    FetchConfig,
+    MarketConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from recur.pipeline.settings import dump_toml, load_config, starter_toml
 from recur.vocabulary import UsageError
 
@@ -99,6 +107,13 @@ def test_every_problem_is_told_at_once_in_one_line_with_suggestion_and_origin(tm
 def test_a_bad_value_is_refused(section: type, values: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         section(**values)
+
+
+def test_the_number_of_layers_must_be_that_of_the_pattern() -> None:
+    assert ModelConfig(name="hybrid:M-M*-", layers=5).layers == 5
+    assert ModelConfig(name="hybrid:M-M*-").layers == 0
+    with pytest.raises(UsageError, match=r"model\.layers = 4: hybrid:M-M\*- has 5"):
+        ModelConfig(name="hybrid:M-M*-", layers=4)
 
 
 def test_a_password_in_an_address_is_refused_and_never_repeated() -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from recur.models.attention import AttentionMixer
 from recur.models.interface import SequenceModel, State, Steps
+from recur.models.parity import check_parity
+from recur.models.registry import model_label, table_core
 from recur.models.residual import Attention, FeedForward, Hybrid, Mamba, Mamba2, Stack, nemotron_pattern
 from recur.models.steps import scan_steps
 from recur.vocabulary import UsageError
@@ -238,6 +240,30 @@ def test_a_sequence_without_steps_leaves_the_state() -> None:
     _, state = made(inputs(9))
     y, same = made(inputs(9)[:, :0], state)
     assert y.shape == (3, 0, 8) and far(state, same) == 0.0
+
+
+def test_a_name_may_spell_the_layers_of_a_hybrid() -> None:
+    core = table_core("hybrid:M-M*-S")
+    made = core.make(5, 8, core.layers, 0.0)
+    assert isinstance(made, Stack)
+    assert (made.pattern, core.layers, core.continuous) == ("M-M*-S", 6, False)
+    assert check_parity(lambda: core.make(5, 8, 0, 0.0)).passed
+    assert model_label("hybrid:M-M*-S") == "hybrid"
+
+
+def test_a_hybrid_has_attention_where_nobody_asks_for_a_number_of_layers() -> None:
+    core = table_core("hybrid")
+    assert core.layers == 13
+    assert nemotron_pattern(core.layers) == "M-M-M-M*-M-M-"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("hybrid:", "found ''"), ("hybrid:M-X", "found 'M-X'"), ("gru:M-", "Unknown model")],
+)
+def test_a_name_that_spells_no_layers_is_refused(name: str, expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        table_core(name)
 
 
 def test_an_unknown_layer_and_a_hybrid_without_layers_are_refused() -> None:

@@ -19,8 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from recur.models.registry import MODELS
+from recur.pipeline.artefact import load_artefact
 from recur.pipeline.backtest import run_backtest
 from recur.pipeline.config import Config, MarketConfig
+from recur.pipeline.inspect import inspect_run
 from recur.pipeline.predict import predict
 from recur.pipeline.settings import dump_toml
 from recur.pipeline.train import train_price
@@ -114,6 +117,20 @@ def test_a_training_killed_after_an_epoch_resumes_and_ends_as_an_undisturbed_one
     assert resumed["val_pinball"] == pytest.approx(trained["val_pinball"], rel=1e-6)
     a, b = load_file(run.weights), load_file(RunFolder(home, trained["run_id"]).weights)
     assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "hybrid:M*-"])
+def test_every_model_is_trained_forecasts_and_is_inspected(tmp_path: Path, name: str) -> None:
+    fill(tmp_path, bars=900)
+    config = replace(
+        small(), model=replace(small().model, name=name), train=replace(small().train, epochs=1, batch=32)
+    )
+    run = train_price(tmp_path, config, resume=None, progress=False)["run_id"]
+    assert load_artefact(RunFolder(tmp_path, run)).net.spec.model == name
+    rows = predict(tmp_path, config, run=run, as_of_ms=None)["forecasts"]
+    assert {row["model"] for row in rows} == {name.partition(":")[0]}
+    assert len(rows) == len(SYMBOLS) * len(config.train.horizons)
+    assert inspect_run(tmp_path, run)["parameters"]["parts"]["core"] > 0
 
 
 def test_resuming_with_other_features_is_refused(home: Path, trained: dict[str, Any]) -> None:
