@@ -34,7 +34,9 @@ from recur.models.interface import SequenceModel, Steps
 from recur.models.probes import gradient_by_lag
 from recur.models.registry import MODELS, table_core
 
-WIDTH, LAYERS, BATCH, STEPS, LR, EVERY = 32, 2, 32, 1500, 5e-3, 100
+WIDTH, BATCH, STEPS, LR, EVERY = 32, 32, 1500, 5e-3, 100
+LAYERS = {"hybrid": 5}
+"""Every other model has two; in five, M-M*-, two are of Mamba-2 and one of attention."""
 SOLVED, ENOUGH = 0.95, 0.99
 SYMBOLS, RECALLED, DELAY, LAG = 4, 4, 60, 500
 
@@ -109,7 +111,7 @@ class Net(nn.Module):
         super().__init__()
         core = table_core(name)
         self.continuous = core.continuous
-        self.core: SequenceModel = core.make(task.inputs, WIDTH, LAYERS, 0.0)
+        self.core: SequenceModel = core.make(task.inputs, WIDTH, LAYERS.get(name, 2), 0.0)
         self.read = nn.Linear(WIDTH, task.outputs)
 
     def forward(self, examples: Examples) -> Tensor:

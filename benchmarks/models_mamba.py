@@ -100,12 +100,8 @@ def train_step(length: int, rounds: int) -> Results:
     layers = _layers()
     if length > 256:
         layers.pop("mambapy Mamba, pscan", None)  # gigabytes of saved values
-    if COMPILER:
-        ours = layers["recur Mamba-2"][0]
-        layers["recur Mamba-2, compiled"] = (ours, torch.compile(_ours(ours)))
     taken = interleaved({k: _train(*v, u, dy) for k, v in layers.items()}, rounds)
-    ratio = max(_ratio(taken, k, ("paper", "transformers")) for k in taken if k.startswith("recur Mamba-2"))
-    tokens, fastest = BATCH * length / 1000, min((k for k in taken if "Mamba-2" in k), key=taken.__getitem__)
+    ratio, tokens = _ratio(taken, "recur Mamba-2", ("paper", "transformers")), BATCH * length / 1000
     show(
         f"Training step of one layer, B {BATCH} L {length} d {WIDTH} N {STATE} (Mamba: N 16)",
         ("", "ms", "ktok/s", "time / ours", "goal"),
@@ -115,7 +111,7 @@ def train_step(length: int, rounds: int) -> Results:
                 f"{1000 * s:.1f}",
                 f"{tokens / s:.0f}",
                 f"{s / taken['recur Mamba-2']:.2f}",
-                goal(round(ratio, 2), 1.45 if length <= 256 else 2.0) if k == fastest else "",
+                goal(round(ratio, 2), 1.45 if length <= 256 else 2.0) if k == "recur Mamba-2" else "",
             )
             for k, s in taken.items()
         ],
@@ -243,7 +239,7 @@ import torch, models_mamba as m
 if {keep}: m.keep_freed_memory()
 u, dy = (torch.randn(m.BATCH, {length}, m.WIDTH, requires_grad=r) for r in (True, False))
 module, run = m._layers()[{name!r}]
-step = m._train(module, torch.compile(run) if {compiled} else run, u, dy)
+step = m._train(module, run, u, dy)
 for turn in range(3): step()
 print("ready", flush=True)
 for line in sys.stdin:
@@ -257,19 +253,11 @@ def against_stock(length: int, rounds: int) -> Results:
     take turns of two steps, of which the second counts: a slow minute of the machine strikes all of them, and none
     begins with what another one left in the cache."""
     names = [n for n in _layers() if n.startswith(("recur Mamba-2", "paper", "transformers"))]
-    if COMPILER:
-        names.insert(1, "recur Mamba-2, compiled")
     here, taken = os.path.dirname(os.path.abspath(__file__)), {n: [] for n in names}
     with ExitStack() as running:
         workers: dict[str, subprocess.Popen[str]] = {}
         for name in names:
-            code = _STOCK.format(
-                here=here,
-                name=name.removesuffix(", compiled"),
-                length=length,
-                keep=name.startswith("recur"),
-                compiled=name.endswith("compiled"),
-            )
+            code = _STOCK.format(here=here, name=name, length=length, keep=name.startswith("recur"))
             workers[name] = running.enter_context(
                 subprocess.Popen(
                     [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -283,8 +271,7 @@ def against_stock(length: int, rounds: int) -> Results:
                 worker.stdin.flush()
                 taken[name].append(float(_answer(worker)))
     seconds = {n: statistics.median(v) for n, v in taken.items()}
-    ours = min((n for n in names if n.startswith("recur")), key=seconds.__getitem__)
-    ratio = _ratio(seconds, ours, ("paper", "transformers"))
+    ratio = _ratio(seconds, "recur Mamba-2", ("paper", "transformers"))
     show(
         f"The same in processes of their own, the public ones with the allocator as it is, L {length}",
         ("", "ms", "time / ours", "goal"),
@@ -293,7 +280,7 @@ def against_stock(length: int, rounds: int) -> Results:
                 k,
                 f"{1000 * s:.1f}",
                 f"{s / seconds['recur Mamba-2']:.2f}",
-                goal(round(ratio, 2), 4.0) if k == ours else "",
+                goal(round(ratio, 2), 4.0) if k == "recur Mamba-2" else "",
             )
             for k, s in seconds.items()
         ],

@@ -2,8 +2,9 @@
 
     y_t = b + Σ_k w_k ∘ x_{t−K+1+k},   k = 0 … K−1   (the last tap meets the current step)
 
-as in Mamba (Gu and Dao 2023, arXiv:2312.00752, figure 3; K = 4). It is a handful of shifted multiply-adds in the
-layout in which the projections around it work, so nothing is transposed; ``torch.conv1d`` wants channels first.
+as in Mamba (Gu and Dao 2023, arXiv:2312.00752, figure 3; K = 4), in the layout in which the projections around it work;
+``torch.conv1d`` wants channels first. Single precision on a CPU goes to oneDNN, everything else is a handful of shifted
+multiply-adds.
 
 The window is the last K−1 inputs, (B, K−1, C), oldest first. ``segment`` (B, T) numbers the sequences that a row
 holds one after the other, 0 for the one that the window belongs to: a tap never reaches into another sequence.
@@ -11,8 +12,6 @@ holds one after the other, 0 for the one that the window belongs to: a tap never
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -23,12 +22,30 @@ from torch.nn import functional as F
 
 def _same(segment: Tensor, lag: int, dtype: torch.dtype) -> Tensor:
     """(B, T − lag, 1): 1 where step t and step t − lag are of one sequence."""
-    return (segment[:, lag:] == segment[:, :-lag]).to(dtype).unsqueeze(-1)
+    return (segment[:, lag:] == segment[:, : segment.shape[1] - lag]).to(dtype).unsqueeze(-1)
 
 
 def _begun(segment: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     """(B, n, 1): 1 where one of the first ``n`` steps still belongs to the window's sequence."""
     return (segment[:, :n] == 0).to(dtype).unsqueeze(-1)
+
+
+def _by_library(x: Tensor, segment: Tensor | None) -> bool:
+    """Whether oneDNN has a depthwise kernel for it, two to three times as fast as shifted multiply-adds."""
+    return (
+        segment is None
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    )
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int) -> Tensor:
+    """x (B, T, C), weight (C, K) → (B, T + 2·pad − K + 1, C): as an image of one row whose channels are last, so that
+    nothing is moved in memory."""
+    image = x.unsqueeze(1).permute(0, 3, 1, 2)
+    y = F.conv2d(image, weight[:, None, None], bias, padding=(0, pad), groups=len(weight))
+    return y.squeeze(2).transpose(1, 2)
 
 
 def conv_forward(
@@ -37,65 +54,45 @@ def conv_forward(
     """x (B, T, C), weight (C, K), bias (C,), window (B, K−1, C) → y (B, T, C)."""
     length, taps = x.shape[1], weight.shape[1]
     w = weight.t().contiguous()
-    y = torch.addcmul(bias, x, w[-1])
-    for lag in range(1, taps):
-        tap, n = w[-1 - lag], min(lag, length)
-        if length > lag:
+    if _by_library(x, segment):
+        y = _depthwise(x, weight, bias, taps - 1)[:, :length]
+    else:
+        y = torch.addcmul(bias, x, w[-1])
+        for lag in range(1, min(taps, length)):
             past = x[:, :-lag] if segment is None else x[:, :-lag] * _same(segment, lag, x.dtype)
-            y[:, lag:].addcmul_(past, tap)
+            y[:, lag:].addcmul_(past, w[-1 - lag])
+    for lag in range(1, taps):
+        n = min(lag, length)
         past = window[:, taps - 1 - lag :][:, :n]
         if segment is not None:
             past = past * _begun(segment, n, x.dtype)
-        y[:, :n].addcmul_(past, tap)
+        y[:, :n].addcmul_(past, w[-1 - lag])
     return y
 
 
 def conv_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    window: Tensor,
-    segment: Tensor | None,
-    dx: Tensor,
-    dweight: Tensor,
-    compiled: bool = False,
-) -> Tensor:
-    """Gradient of :func:`conv_forward`: writes ``dx`` (B, T, C), adds to ``dweight`` (K, C), returns dwindow."""
-    taps, w = weight.shape[1], weight.t().contiguous()
-    dwindow = torch.zeros_like(window)
+    dy: Tensor, x: Tensor, weight: Tensor, window: Tensor, segment: Tensor | None, dweight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of :func:`conv_forward`: adds to ``dweight`` (K, C), returns dx and dwindow.
+
+    ``dy`` (B, T + K−1, C): the gradient of y, then K−1 steps of zero, which no step of x reaches.
+    """
+    length, taps, w, late = x.shape[1], weight.shape[1], weight.t().contiguous(), dy
+    dy, dwindow = dy[:, :length], torch.zeros_like(window)
     for lag in range(1, taps):
-        n = min(lag, x.shape[1])
+        n = min(lag, length)
         early = dy[:, :n] if segment is None else dy[:, :n] * _begun(segment, n, x.dtype)
         of = slice(taps - 1 - lag, taps - 1 - lag + n)
         dwindow[:, of].addcmul_(early, w[-1 - lag])
-        if not compiled or segment is not None:
-            dweight[-1 - lag] += (early * window[:, of]).sum((0, 1))
-    if compiled and segment is None:
-        dweight += compiled_loop()(dy, x, w, window, dx)
-        return dwindow
-    torch.mul(dy, w[-1], out=dx)
-    dweight[-1] += (dy * x).sum((0, 1))
-    for lag in range(1, min(taps, x.shape[1])):
-        late = dy[:, lag:] if segment is None else dy[:, lag:] * _same(segment, lag, x.dtype)
-        dx[:, :-lag].addcmul_(late, w[-1 - lag])
-        dweight[-1 - lag] += (late * x[:, :-lag]).sum((0, 1))
-    return dwindow
-
-
-def _one_loop(dy: Tensor, x: Tensor, w: Tensor, window: Tensor, dx: Tensor) -> Tensor:
-    """:func:`conv_backward` of rows of one sequence, without dwindow, w (K, C) → dweight (K, C): slow as it stands, one
-    pass over memory where it is compiled."""
-    length, taps = x.shape[1], len(w)
-    before, after = torch.cat([window, x], 1), F.pad(dy, (0, 0, 0, taps - 1))
-    dx.copy_(reduce(torch.add, [after[:, taps - 1 - k :][:, :length] * w[k] for k in range(taps)]))
-    return torch.stack([(dy * before[:, k : k + length]).sum((0, 1)) for k in range(taps)])
-
-
-@cache
-def compiled_loop() -> Callable[..., Tensor]:
-    """:func:`_one_loop`, compiled when it is first called."""
-    loop: Callable[..., Tensor] = torch.compile(_one_loop)
-    return loop
+        dweight[-1 - lag] += (early * window[:, of]).sum((0, 1))
+    library = _by_library(x, segment)
+    dx = _depthwise(late, weight.flip(1), None, 0) if library else torch.zeros_like(x)
+    for lag in range(min(taps, length)):
+        part = dy[:, lag:] if segment is None else dy[:, lag:] * _same(segment, lag, x.dtype)
+        if not library:
+            dx[:, : length - lag].addcmul_(part, w[-1 - lag])
+        dweight[-1 - lag] += (part * x[:, : length - lag]).sum((0, 1))
+    return dx, dwindow
 
 
 class _Conv(torch.autograd.Function):
@@ -110,9 +107,9 @@ class _Conv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, window, segment = ctx.saved_tensors
-        dy = dy.contiguous()
-        dx, dweight = torch.empty_like(x), weight.new_zeros(weight.shape[1], weight.shape[0])
-        dwindow = conv_backward(dy, x, weight, window, segment, dx, dweight)
+        dweight = weight.new_zeros(weight.shape[1], weight.shape[0])
+        late = F.pad(dy, (0, 0, 0, weight.shape[1] - 1))
+        dx, dwindow = conv_backward(late, x, weight, window, segment, dweight)
         return dx, dweight.t(), dy.sum((0, 1)), dwindow, None
 
 

@@ -94,9 +94,8 @@ class Mamba2Mixer(nn.Module):
                 -torch.exp(self.A_log), self.D, self.norm.weight, self.out_proj.weight,
             )  # fmt: skip
             y, window, ssm = fused_layer(
-                self.shape, u, weights, state["conv"], state["ssm"], lengths, segment,
-                torch.compiler.is_compiling(),
-            )  # fmt: skip
+                self.shape, u, weights, state["conv"], state["ssm"], lengths, segment
+            )
             return y, {"conv": window, "ssm": ssm}
         return self.composed(u, state, lengths, segment)
 

@@ -51,14 +51,13 @@ class Shape:
 
 
 def _convolved(
-    s: Shape, zx: Tensor, weight: Tensor, bias: Tensor, window: Tensor, segment: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """Projected values (r, T, ·) → gate z, inputs of the convolution, its values, and x, B, C of the scan."""
-    z, raw = torch.split(zx, [s.inner, s.conv], -1)
+    s: Shape, raw: Tensor, weight: Tensor, bias: Tensor, window: Tensor, segment: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Inputs (r, T, ·) of the convolution → its values, and x, B, C of the scan."""
     pre = conv_forward(raw, weight, bias, window, segment)
     x, B, C = (torch.unflatten(F.silu(part), 1, (-1, s.chunk)) for part in s.split(pre))
     by_group = (torch.unflatten(t, -1, (s.groups, s.state)) for t in (B, C))
-    return z, raw, pre, (torch.unflatten(x, -1, (s.groups, s.heads, s.head)), *by_group)
+    return pre, (torch.unflatten(x, -1, (s.groups, s.heads, s.head)), *by_group)
 
 
 def _steps(dt_raw: Tensor, live: Tensor | None) -> Tensor:
@@ -86,10 +85,9 @@ class _Layer(torch.autograd.Function):
         lengths: Tensor | None,
         live: Tensor | None,
         segment: Tensor | None,
-        compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         b, length, d_model = u.shape
-        w_zx, w_dt = torch.split(w_in, [s.inner + s.conv, len(dt_bias)])
+        w_z, w_raw, w_dt = torch.split(w_in, [s.inner, s.conv, len(dt_bias)])
         D = D.view(s.groups, s.heads)
         dt_raw = torch.addmm(dt_bias, u.view(-1, d_model), w_dt.t()).view(b, length, -1)
         dt = _steps(dt_raw, live)
@@ -98,7 +96,7 @@ class _Layer(torch.autograd.Function):
         chunks = (b, length // s.chunk, s.chunk, s.groups, s.heads, s.head)
         dt = dt.view(chunks[:-1])
         f, first = factors(cumulate(dt, A), dt, s.head, scaled), by_group(state, s.groups)
-        zx, out = u.new_empty(b, length, len(w_zx)), u.new_empty(b, length, len(w_out))
+        z, raw, out = (u.new_empty(b, length, len(w)) for w in (w_z, w_raw, w_out))
         last, rstd = torch.empty_like(window), u.new_empty(b, length, s.groups, 1)
         past, own, end = u.new_empty(chunks), u.new_empty(*chunks[:4], 1, 1), torch.empty_like(first)
         back, scratch = (w_out * norm_w).t(), Scratch(u)
@@ -111,34 +109,35 @@ class _Layer(torch.autograd.Function):
         ]
         left = iter(saved)
         for k in tiles(b, rows):
-            torch.mm(u[k].view(-1, d_model), w_zx.t(), out=zx[k].view(-1, len(w_zx)))
+            for w, values in ((w_z, z), (w_raw, raw)):
+                torch.mm(u[k].view(-1, d_model), w.t(), out=values[k].view(-1, len(w)))
             lengths_k, segment_k = (None if m is None else m[k] for m in (lengths, segment))
-            z, raw, _, (x, B, C) = _convolved(s, zx[k], conv_w, conv_b, window[k], segment_k)
+            _, (x, B, C) = _convolved(s, raw[k], conv_w, conv_b, window[k], segment_k)
             y = torch.empty_like(x)
             to = (y, past[k], own[k], end[:, k])
             scan_forward(f.rows(k), x, dt[k], B, C, D, first[:, k], segment_k, size, to, left, scratch)
-            gated = torch.unflatten(y.view(z.shape).mul_(F.silu(z)), -1, (s.groups, -1))
+            gated = torch.unflatten(y.view(z[k].shape).mul_(F.silu(z[k])), -1, (s.groups, -1))
             mean = torch.linalg.vecdot(gated, gated).unsqueeze(-1).div_(gated.shape[-1])
             torch.rsqrt(mean.add_(s.eps), out=rstd[k])
             torch.mm(gated.mul_(rstd[k]).view(-1, s.inner), back, out=out[k].view(-1, len(w_out)))
-            last[k] = next_window(raw, window[k], lengths_k, segment_k)
+            last[k] = next_window(raw[k], window[k], lengths_k, segment_k)
         ctx.save_for_backward(
-            u, w_in, conv_w, conv_b, A, D, norm_w, w_out, window, lengths, live, segment, dt_raw, zx, rstd,
+            u, w_in, conv_w, conv_b, A, D, norm_w, w_out, window, lengths, live, segment, dt_raw, z, raw, rstd,
             past, own, end, *for_later(f, saved),
         )  # fmt: skip
-        ctx.s, ctx.size, ctx.compiled = s, size, compiled
+        ctx.s, ctx.size = s, size
         ctx.set_materialize_grads(False)
         return out, last, by_head(end, s.heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None, dend: Tensor | None) -> tuple[Any, ...]:
-        (u, w_in, conv_w, conv_b, A, D, norm_w, w_out, window, lengths, live, segment, dt_raw, zx, rstd,
+        (u, w_in, conv_w, conv_b, A, D, norm_w, w_out, window, lengths, live, segment, dt_raw, z, raw, rstd,
          past, own, end, *rest) = ctx.saved_tensors  # fmt: skip
         s: Shape = ctx.s
         f, saved = from_earlier(rest, s.head)
         b, length, d_model = u.shape
-        w_zx, w_dt = torch.split(w_in, [s.inner + s.conv, dt_raw.shape[-1]])
+        w_z, w_raw, w_dt = torch.split(w_in, [s.inner, s.conv, dt_raw.shape[-1]])
         back = w_out * norm_w
         dt = _steps(dt_raw, live).view(past.shape[:-1])
         skip, sums, scratch = direct(own, dt.unsqueeze(-1), D.unsqueeze(-1)), Sums.room(past), Scratch(u)
@@ -146,20 +145,22 @@ class _Layer(torch.autograd.Function):
         after = None if dend is None else by_group(dend, s.groups)
         dstate = torch.empty_like(end) if ctx.needs_input_grad[11] else None  # the state
         du, dwindow = torch.empty_like(u), torch.empty_like(window)
-        dw_zx, dback, dconv, dconv_b = (torch.zeros_like(t) for t in (w_zx, w_out, conv_w.t(), conv_b))
+        dw_z, dw_raw, dback, dconv, dconv_b = (
+            torch.zeros_like(t) for t in (w_z, w_raw, w_out, conv_w.t(), conv_b)
+        )
         for k in tiles(b, ctx.size[0]):
             lengths_k, segment_k = (None if m is None else m[k] for m in (lengths, segment))
-            z, raw, pre, (x, B, C) = _convolved(s, zx[k], conv_w, conv_b, window[k], segment_k)
-            y, gate = torch.addcmul(past[k], x, skip[k]).view(z.shape), F.silu(z)
+            pre, (x, B, C) = _convolved(s, raw[k], conv_w, conv_b, window[k], segment_k)
+            y, gate = torch.addcmul(past[k], x, skip[k]).view(z[k].shape), F.silu(z[k])
             normed = torch.unflatten(y * gate, -1, (s.groups, -1)).mul_(rstd[k])
             do = dout[k].view(-1, len(w_out))
             dback.addmm_(do.t(), normed.view(-1, s.inner))
             dgated = torch.mm(do, back).view_as(normed)
             along = torch.linalg.vecdot(dgated, normed).unsqueeze(-1).div_(normed.shape[-1])
             dgated = dgated.addcmul_(normed, along, value=-1).mul_(rstd[k]).view_as(y)
-            dzx, dpre = torch.empty_like(zx[k]), torch.empty_like(pre)
-            dz, draw = torch.split(dzx, [s.inner, s.conv], -1)
-            torch.ops.aten.silu_backward.grad_input(y.mul_(dgated), z, grad_input=dz)
+            dz, dpre = torch.empty_like(z[k]), pre.new_empty(len(pre), length + window.shape[1], s.conv)
+            dpre[:, length:] = 0
+            torch.ops.aten.silu_backward.grad_input(y.mul_(dgated), z[k], grad_input=dz)
             dy = dgated.mul_(gate).view(x.shape)
             to = (torch.empty_like(x), torch.empty_like(B), torch.empty_like(C))
             scan_backward(
@@ -180,27 +181,28 @@ class _Layer(torch.autograd.Function):
                 sums.rows(k),
                 scratch,
             )
-            for part, at, dpart in zip(to, s.split(pre), s.split(dpre), strict=True):
+            for part, at, dpart in zip(to, s.split(pre), s.split(dpre[:, :length]), strict=True):
                 torch.ops.aten.silu_backward.grad_input(part.view(at.shape), at, grad_input=dpart)
             dconv_b += dpre.sum((0, 1))
-            dwindow[k] = conv_backward(dpre, raw, conv_w, window[k], segment_k, draw, dconv, ctx.compiled)
+            draw, dwindow[k] = conv_backward(dpre, raw[k], conv_w, window[k], segment_k, dconv)
             if dlast is not None:
-                from_raw, from_window = _through_window(raw, window[k], lengths_k, segment_k, dlast[k])
+                from_raw, from_window = _through_window(raw[k], window[k], lengths_k, segment_k, dlast[k])
                 draw += from_raw
                 dwindow[k] += from_window
-            flat = dzx.view(-1, len(w_zx))
-            torch.mm(flat, w_zx, out=du[k].view(-1, d_model))
-            dw_zx.addmm_(flat.t(), u[k].view(-1, d_model))
+            u_k, du_k, dz, draw = (t.view(-1, t.shape[-1]) for t in (u[k], du[k], dz, draw))
+            torch.mm(dz, w_z, out=du_k).addmm_(draw, w_raw)
+            dw_z.addmm_(dz.t(), u_k)
+            dw_raw.addmm_(draw.t(), u_k)
         ddt, dA, dD = finish(sums, f, own, dt, A)
         ddt = ddt.view(dt_raw.shape) * torch.sigmoid(dt_raw)
         if live is not None:
             ddt = ddt * live.unsqueeze(-1)
         flat = ddt.view(-1, len(w_dt))
         du.view(-1, d_model).addmm_(flat, w_dt)
-        dw_in = torch.cat([dw_zx, flat.t() @ u.view(-1, d_model)])
+        dw_in = torch.cat([dw_z, dw_raw, flat.t() @ u.view(-1, d_model)])
         return (
             None, du, dw_in, dconv.t(), dconv_b, flat.sum(0), dA.view_as(A), dD.view(-1), (dback * w_out).sum(0),
-            dback * norm_w, dwindow, None if dstate is None else by_head(dstate, s.heads), None, None, None, None,
+            dback * norm_w, dwindow, None if dstate is None else by_head(dstate, s.heads), None, None, None,
         )  # fmt: skip
 
 
@@ -224,12 +226,10 @@ def fused_layer(
     state: Tensor,
     lengths: Tensor | None,
     segment: Tensor | None,
-    compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """u (B, T, d) → output (B, T, d), next window, next state.
 
-    A compiler sees nothing of it: it would break up at every product that is written to its place. ``compiled`` is
-    what it may do instead, the convolution's way back as one loop.
+    A compiler sees nothing of it: it would break up at every product that is written to its place.
 
     ``weights``: in_proj, convolution (C, K) and its bias, dt bias, A, D, norm, out_proj. ``s.chunk`` may be longer
     than the sequence; ``lengths`` (B,) and ``segment`` (B, T) as in :mod:`recur.models.conv`.
@@ -247,6 +247,6 @@ def fused_layer(
             segment = torch.cat([segment, segment[:, -1:].expand(-1, short)], 1)
     s = replace(s, chunk=chunk)
     y, window, state = _Layer.apply(  # type: ignore[no-untyped-call]
-        s, u.contiguous(), *weights, window, state, lengths, live, segment, compiled
+        s, u.contiguous(), *weights, window, state, lengths, live, segment
     )
     return y[:, :length], window, state
