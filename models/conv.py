@@ -44,7 +44,8 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, pad: int) -> Tens
     """x (B, T, C), weight (C, K) → (B, T + 2·pad − K + 1, C): as an image of one row whose channels are last, so that
     nothing is moved in memory."""
     image = x.unsqueeze(1).permute(0, 3, 1, 2)
-    y = F.conv2d(image, weight[:, None, None], bias, padding=(0, pad), groups=len(weight))
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.conv2d(image, weight[:, None, None], bias, padding=(0, pad), groups=len(weight))
     return y.squeeze(2).transpose(1, 2)
 
 

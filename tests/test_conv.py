@@ -75,3 +75,12 @@ def test_memory_between_the_rows_of_an_input_is_not_read() -> None:
     wide = torch.full((3, 12, 2 * C), torch.nan)
     wide[..., C:] = x
     assert torch.equal(causal_conv(wide[..., C:], weight, bias, window), causal_conv(x, weight, bias, window))
+
+
+def test_under_mixed_precision_it_stays_single() -> None:
+    given = [t.float() for t in case(33, 4)]
+    plain = with_gradients(causal_conv, given, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = with_gradients(causal_conv, given, None)
+    for one, other in zip(mixed, plain, strict=True):
+        assert torch.equal(one, other)
