@@ -144,14 +144,21 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort) as error:
         _fail(state, error, INTERRUPTED, "Interrupted.", "")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader has gone, as in `recur status | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        return _reader_gone()
     except SystemExit as error:  # of code that is not ours, such as a user's own model
+        if isinstance(error.__context__, BrokenPipeError):  # rich met it first
+            return _reader_gone()
         _fail(state, error, 1, f"The command was ended by SystemExit({error.code!r}).", "-vv shows where.")
         return 1
     except Exception as error:  # noqa: BLE001 - the last resort: one line instead of a traceback
         return _unexpected(state, error)
+
+
+def _reader_gone() -> int:
+    """As in `recur status | head`: nothing is left to say, nor anybody to say it to."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def _unexpected(state: State, error: Exception) -> int:

@@ -132,7 +132,8 @@ def next_window(
     """
     keep, (batch, length, channels) = window.shape[1], x.shape
     if lengths is None:
-        out = x[:, length - keep :] if length >= keep else torch.cat([window[:, length:], x], 1)
+        late = x[:, length - keep :] if length >= keep else torch.cat([window[:, length:], x], 1)
+        out = late.clone(memory_format=torch.contiguous_format)  # a view would hold all of x in memory
     else:
         at = lengths.unsqueeze(1) + torch.arange(keep, device=x.device)
         joined = torch.cat([window, x], 1)

@@ -27,7 +27,7 @@ from recur.models.gru_kernel import reset_after, reset_before
 from recur.models.interface import State, Steps
 from recur.models.rows import RowLayer, after, cut, has_marks
 from recur.models.stack import Stack
-from recur.models.steps import keep_invalid, nothing, restart
+from recur.models.steps import keep_invalid, nothing, readable, restart
 
 
 class GRU(nn.Module):
@@ -95,7 +95,7 @@ class GRU(nn.Module):
     def step(self, u_t: Tensor, state: State, steps: Steps | None = None) -> tuple[Tensor, State]:
         """One bar by the equations above: an independent second computation."""
         state = restart(steps, state, self.init_state(u_t.shape[0]))
-        x, hidden = u_t, []
+        x, hidden = readable(steps, u_t), []
         for layer in range(self.layers):
             w_i, w_h, b_i, b_h = self.weights(layer)
             h = state["h"][:, layer]

@@ -19,7 +19,7 @@ from recur.models.registry import Core, Make
 from recur.vocabulary import UsageError, did_you_mean
 
 TOLERANCE = 1e-9
-_WIDTHS = ((5, 8, 1), (3, 16, 2))  # d_in, d_out, layers; two widths, since one may be written into the class
+_WIDTHS = ((5, 8, 1), (20, 16, 2))  # d_in, d_out, layers; two widths, since one may be written into the class
 
 
 def source_sha256(source: bytes) -> str:

@@ -21,8 +21,10 @@ WHOLE = 256
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What one gate (a sigmoid of ``width`` numbers) does over all bars: shares of values below 5 % and above 95 %."""
+    """What one gate of ``width`` numbers between 0 and 1 does over all bars: shares of values below 5 % and above 95 %."""
 
+    kind: str
+    """``gate``, a sigmoid, or ``decay``, an exponential of nothing positive."""
     width: int
     mean: float
     closed: float
@@ -49,7 +51,7 @@ def states_along(model: SequenceModel, u: Tensor, at: list[int], steps: Steps | 
     return states
 
 
-def gradient_by_lag(model: SequenceModel, u: Tensor, probes: int = 4) -> Tensor:
+def gradient_by_lag(model: SequenceModel, u: Tensor, probes: int = 4, steps: Steps | None = None) -> Tensor:
     """(T,) how strongly the last output depends on the input of k bars earlier, k = 0 first.
 
     The root mean square over the batch of ‖∂y_T/∂u_{T−k}‖ (Frobenius), estimated without bias for its square by
@@ -58,7 +60,7 @@ def gradient_by_lag(model: SequenceModel, u: Tensor, probes: int = 4) -> Tensor:
     source = u.detach().clone().requires_grad_()
     total = torch.zeros(u.shape[1], dtype=torch.float64)
     with torch.enable_grad():
-        y, _ = model(source)
+        y, _ = model(source, None, steps)
         for k in range(probes):
             generator = torch.Generator().manual_seed(k)
             signs = torch.randint(0, 2, y[:, -1].shape, generator=generator).to(y) * 2 - 1
@@ -67,7 +69,9 @@ def gradient_by_lag(model: SequenceModel, u: Tensor, probes: int = 4) -> Tensor:
     return (total / probes).sqrt().flip(0)
 
 
-def spectral_radius(model: SequenceModel, state: State, u_t: Tensor, iterations: int = 60) -> Tensor:
+def spectral_radius(
+    model: SequenceModel, state: State, u_t: Tensor, iterations: int = 60, steps: Steps | None = None
+) -> Tensor:
     """(B,) largest |eigenvalue| of ∂state'/∂state at each given state and input u_t (B, F).
 
     Below 1 a disturbance of the state dies out, at 1 it stays, above 1 it grows. States of at most 256 numbers have
@@ -80,7 +84,7 @@ def spectral_radius(model: SequenceModel, state: State, u_t: Tensor, iterations:
         return torch.zeros(batch)
     with torch.enable_grad():
         inputs = {k: v.detach().clone().requires_grad_(k in names) for k, v in state.items()}
-        _, after = model.step(u_t, dict(inputs))
+        _, after = model.step(u_t, dict(inputs), steps)
         flat = torch.cat([after[k].flatten(1) for k in names], dim=1)  # (B, n)
         sources = [inputs[k] for k in names]
 
@@ -114,26 +118,31 @@ def _growth(product: Callable[[Tensor], Tensor], like: Tensor, iterations: int) 
     return torch.stack(logs[iterations // 2 :]).mean(0).exp().cpu()
 
 
-def gates(model: SequenceModel, u: Tensor, state: State | None = None) -> list[Gate]:
-    """Statistics of every sigmoid that ``step`` takes, in the order of computation, over the bars of u (B, T, F).
+def gates(
+    model: SequenceModel, u: Tensor, state: State | None = None, steps: Steps | None = None
+) -> list[Gate]:
+    """Statistics of every sigmoid and every decay that ``step`` takes, in the order of computation, over the valid bars of
+    u (B, T, F). A decay is an exponential, or the size of a complex one, of which no number is above 1.
 
     A sigmoid over several gates side by side counts as one gate per ``d_out`` numbers. Empty for a model without, and
-    for one whose steps do not all take the same sigmoids: which of them are the same gate cannot be told then.
+    for one whose steps do not all take the same ones: which of them are the same gate cannot be told then.
     """
     state = model.init_state(u.shape[0]) if state is None else state
-    seen = _Sigmoids()
+    seen, per_step = _Seen(), []
     with torch.no_grad(), seen:
-        per_step = []
-        for u_t in u.unbind(1):
-            _, state = model.step(u_t, state)
-            per_step.append([found if found.ndim else found[None] for found in seen.take()])
-    if len({tuple(found.shape for found in step) for step in per_step}) > 1:
+        for t, u_t in enumerate(u.unbind(1)):
+            marks = None if steps is None else steps.at(t)
+            _, state = model.step(u_t, state, marks)
+            found, there = seen.take(), None if marks is None else marks.valid
+            if there is None or bool(there.any()):
+                per_step.append([(kind, _rows(x, there)) for kind, x in found])
+    if len({tuple((kind, x.shape[-1]) for kind, x in step) for step in per_step}) > 1:
         return []
     out = []
     for values in zip(*per_step, strict=True):
-        stacked = torch.stack(values).flatten(0, -2)  # (T·B, width)
+        kind, stacked = values[0][0], torch.cat([x for _, x in values])  # (bars, width)
         parts = stacked.shape[-1] // model.d_out
-        even = parts > 1 and stacked.shape[-1] % model.d_out == 0
+        even = kind == "gate" and parts > 1 and stacked.shape[-1] % model.d_out == 0
         for part in stacked.chunk(parts, dim=-1) if even else [stacked]:
             flat = part.double()
             low, high = torch.quantile(
@@ -141,6 +150,7 @@ def gates(model: SequenceModel, u: Tensor, state: State | None = None) -> list[G
             )
             out.append(
                 Gate(
+                    kind=kind,
                     width=part.shape[-1],
                     mean=float(flat.mean()),
                     closed=float((flat < 0.05).double().mean()),
@@ -152,22 +162,33 @@ def gates(model: SequenceModel, u: Tensor, state: State | None = None) -> list[G
     return out
 
 
-class _Sigmoids(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the result of every sigmoid that torch computes while it is entered."""
+def _rows(x: Tensor, there: Tensor | None) -> Tensor:
+    """(rows, width), without the rows of series whose bar is missing."""
+    if there is not None and x.ndim > 1 and len(x) == len(there):
+        x = x[there]
+    return x.flatten(0, -2) if x.ndim > 1 else x.view(1, -1)
+
+
+class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes every sigmoid and every decay that torch computes while it is entered."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[Tensor] = []
+        self.found: list[tuple[str, Tensor]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in (torch.ops.aten.sigmoid, torch.ops.aten.sigmoid_):
-            self.found.append(result.detach().clone())
+            self.found.append(("gate", result.detach().clone()))
+        elif func.overloadpacket in (torch.ops.aten.exp, torch.ops.aten.exp_):
+            size = result.detach().abs()
+            if size.numel() and bool((size <= 1).all()):
+                self.found.append(("decay", size))
         return result
 
-    def take(self) -> list[Tensor]:
+    def take(self) -> list[tuple[str, Tensor]]:
         """What was noted since the last time."""
         found, self.found = self.found, []
         return found

@@ -67,7 +67,7 @@ def is_own(name: str) -> bool:
 
 def model_label(name: str) -> str:
     """What a model is called in run ids, tables and the ledger: its name, or the class of a user's own."""
-    return name.rpartition(":")[2] if is_own(name) else name.partition(":")[0]
+    return name.rpartition(":")[2] if is_own(name) else name
 
 
 def table_core(name: str) -> Core:
@@ -76,7 +76,7 @@ def table_core(name: str) -> Core:
     if name.startswith(PATTERNED):
         return _of_pattern(name)
     if name not in MODELS:
-        near = did_you_mean(name, MODELS)
+        near = did_you_mean(name.lower(), MODELS)
         raise UsageError(
             f"Unknown model '{name}': expected one of {', '.join(MODELS)}, hybrid:PATTERN, or a file.py:Class.{near}"
         )

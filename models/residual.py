@@ -22,7 +22,7 @@ from recur.models.mamba import MambaMixer
 from recur.models.mamba2 import Mamba2Mixer
 from recur.models.norm import RMSNorm
 from recur.models.packing import pack
-from recur.models.steps import keep_invalid, nothing, restart
+from recur.models.steps import keep_invalid, nothing, readable, restart
 from recur.vocabulary import UsageError
 
 
@@ -142,7 +142,7 @@ class Stack(nn.Module):
         memory traffic for many series. Only without gradients, and where no step is marked as missing."""
         inplace = inplace and (steps is None or steps.valid is None)
         before = restart(steps, state, self.init_state(u_t.shape[0])) if steps is not None else state
-        x, out = self.in_proj(u_t), State()
+        x, out = self.in_proj(readable(steps, u_t)), State()
         for i, (norm, mixer) in enumerate(zip(self.norms, self._mixers(), strict=True)):
             y, part = mixer.step(norm(x), self._of(i, before), inplace)
             x = x + self.dropout(y)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recur.models.interface import SequenceModel, State, Steps
-from recur.models.steps import nothing
+from recur.models.steps import nothing, readable
 
 
 class Stack(nn.Module):
@@ -44,7 +44,7 @@ class Stack(nn.Module):
         return u, _join(after)
 
     def step(self, u_t: Tensor, state: State, steps: Steps | None = None) -> tuple[Tensor, State]:
-        after = []
+        u_t, after = readable(steps, u_t), []
         for i, cell in enumerate(self._cells()):
             u_t, s = cell.step(self.drop(u_t) if i else u_t, _layer(state, i), steps)
             after.append(s)

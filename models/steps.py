@@ -28,6 +28,14 @@ def keep_invalid(steps: Steps | None, y: Tensor, state: State, before: State) ->
     return y, {k: torch.where(_like(steps.valid, v), v, before[k]) for k, v in state.items()}
 
 
+def readable(steps: Steps | None, u: Tensor) -> Tensor:
+    """u (B, …, F) with zeros where a step is not valid: what stands there may be anything, NaN too, and 0 · NaN in a
+    gradient is NaN."""
+    if steps is None or steps.valid is None:
+        return u
+    return torch.where(steps.valid.unsqueeze(-1), u, torch.zeros_like(u))
+
+
 def nothing(model: SequenceModel, u: Tensor, state: State | None) -> tuple[Tensor, State]:
     """What a sequence without a step gives: u (B, 0, F) → y (B, 0, D), and the state as it was."""
     return u.new_zeros(u.shape[0], 0, model.d_out), model.init_state(u.shape[0]) if state is None else state
@@ -41,7 +49,7 @@ def scan_steps(
         return nothing(model, u, state)
     state = model.init_state(u.shape[0]) if state is None else state
     out = []
-    for t, u_t in enumerate(u.unbind(1)):
+    for t, u_t in enumerate(readable(steps, u).unbind(1)):
         y, state = model.step(u_t, state, None if steps is None else steps.at(t))
         out.append(y)
     return torch.stack(out, dim=1), state

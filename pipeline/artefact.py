@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -45,7 +46,10 @@ def save_spec(folder: RunFolder, artefact: Artefact, core: Core) -> None:
 
 def save_weights(folder: RunFolder, net: Forecaster) -> None:
     beside = folder.path / ".model.tmp"
-    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, beside)
+    # Copies: safetensors refuses weights that share memory, as those of a model that ties them do.
+    save_file(
+        {k: v.clone(memory_format=torch.contiguous_format) for k, v in net.state_dict().items()}, beside
+    )
     beside.replace(folder.weights)
 
 
@@ -102,6 +106,11 @@ def stored_core(folder: RunFolder, spec: ForecasterSpec, trust: bool) -> Core:
 
 def open_trained(home: Path, run_id: str, *, trust: bool = False) -> tuple[RunFolder, Artefact]:
     folder = open_run(home, run_id)
+    if (kind := folder.read_manifest().get("kind")) != "train":
+        raise UsageError(
+            f"Run {run_id} is no trained price model but a {kind} run.",
+            "'recur status' lists the trained runs.",
+        )
     return folder, load_artefact(folder, trust=trust)
 
 

@@ -42,7 +42,7 @@ from recur.pipeline.load import (
 from recur.pipeline.report import write_report
 from recur.pipeline.rows import forecast_rows
 from recur.pipeline.settings import dump_toml, load_config
-from recur.pipeline.train import fit_fold, gap_ms
+from recur.pipeline.train import fit_fold, gap_ms, resolved
 from recur.pipeline.verdict import judge
 from recur.storage.runs import COMPLETE, RUNNING, RunFolder, list_runs, new_run_id, open_run
 from recur.vocabulary import DataMissing, UsageError, bars_per_year, ceil_open, floor_open, iso, parse_time
@@ -101,8 +101,7 @@ def run_backtest(
     """
     started = time.monotonic()
     choose_device(config.train.device)
-    if run:
-        config = _of_run(home, config, run)
+    config = _of_run(home, config, run) if run else resolved(config)
     store = open_store(home, config)
     since = parse_time(config.train.since) if config.train.since else None
     news = stored_news(store, config, placebo)

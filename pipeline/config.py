@@ -33,6 +33,8 @@ TEXT_KINDS = ("announcements", "news")
 SCHEDULES = tuple(name for name, ms in INTERVALS.items() if 0 < ms <= INTERVALS["1d"])
 """Periods that a schedule can have: those that divide a day."""
 
+MOST_LAYERS = 128
+
 
 class ConfigProblems(UsageError):
     """Everything that is wrong with a configuration, at once: ``problems`` holds (``section.key``, text)."""
@@ -282,10 +284,14 @@ class ModelConfig:
         rules = {
             "name": _Rule("expected a name", bool),
             "hidden": _within(1, 4096),
-            "layers": _within(0, 128),
+            "layers": _within(0, MOST_LAYERS),
         }
         _verify(self, "model", rules | {"embed": _within(0, 256), "dropout": _within(0, 0.9)})
         pattern = self.name.removeprefix(PATTERNED)
+        if pattern != self.name and len(pattern) > MOST_LAYERS:
+            raise ConfigProblems(
+                [("model.name", f"has {len(pattern)} layers: expected at most {MOST_LAYERS}")]
+            )
         if pattern != self.name and self.layers not in (0, len(pattern)):
             raise ConfigProblems([("model.layers", f"= {self.layers}: {self.name} has {len(pattern)}")])
 

@@ -25,7 +25,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -226,10 +226,16 @@ def save_state(
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], Progress]:
-    """Tensors and progress of :func:`save_state`."""
-    with safe_open(path, framework="pt") as f:
-        tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (the file object is not a dict)
-        return tensors, Progress(**json.loads(f.metadata()["progress"]))
+    """Tensors and progress of :func:`save_state`. Raises DataMissing for a file that is damaged."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (the file object is not a dict)
+            return tensors, Progress(**json.loads(f.metadata()["progress"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DataMissing(
+            f"{path} cannot be read: {str(error).splitlines()[0].rstrip('.')}.",
+            "Remove it to begin that run anew, or start another one without --resume.",
+        ) from error
 
 
 class _Restore(Callback):
@@ -379,5 +385,5 @@ def fit(
         "best_epoch": p.best_epoch,
         "val_pinball": p.history or [],
         "targets_per_epoch": targets,
-        "series": len(learn),
+        "n_series": len(learn),
     }

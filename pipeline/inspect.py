@@ -25,7 +25,7 @@ from torch import Tensor
 
 from recur.models.forecaster import Forecaster, pinball_errors
 from recur.models.interface import Steps
-from recur.models.probes import gates, gradient_by_lag, spectral_radius, state_size, states_along
+from recur.models.probes import Gate, gates, gradient_by_lag, spectral_radius, state_size, states_along
 from recur.pipeline.artefact import Artefact, load_artefact
 from recur.pipeline.dataset import arrays
 from recur.pipeline.inspect_plot import draw
@@ -50,9 +50,9 @@ GATES = {"elman": 1, "gru": 3, "gru_standard": 3, "lstm": 4}
 """Blocks of d_h (d_x + d_h + 1) weights in one layer."""
 GATE_NAMES = {
     "gru": ("reset", "update"), "gru_standard": ("reset", "update"), "lstm": ("forget", "input", "output"),
-    "mingru": ("keep", "write"), "minlstm": ("keep", "write"),
+    "mingru": ("keep", "write"), "minlstm": ("keep", "write"), "mamba": ("decay",), "mamba2": ("decay",),
 }  # fmt: skip
-"""Sigmoids of one layer in the order in which ``step`` takes them."""
+"""Gates of one layer in the order in which ``step`` takes them."""
 
 
 def inspect_run(home: Path, run_id: str, *, trust: bool = False) -> dict[str, Any]:
@@ -154,6 +154,10 @@ class Cut:
     def steps(self, net: Forecaster, rows: slice, last: int) -> Steps | None:
         return net.steps(self.observed[rows, -last:], self.elapsed[rows, -last:])
 
+    def there(self, net: Forecaster, t: int) -> Tensor:
+        """(N,) which windows have a bar at ``t`` for the model to step over; a missing one is an input to most."""
+        return self.observed[:, t] if net.spec.continuous else torch.ones_like(self.observed[:, t])
+
 
 def _windows(series: Sequence[Samples], length: int, count: int) -> Cut:
     """About ``count`` windows of ``length`` bars that end at bars with a label, spread evenly."""
@@ -179,13 +183,22 @@ def _dynamics(net: Forecaster, series: Sequence[Samples]) -> dict[str, Any]:
     few = _windows(series, LAGS, 8)
     with torch.no_grad():
         u = net.inputs(few.x, few.symbol)
+    steps = few.steps(net, slice(None), u.shape[1])
     at = [int(t) for t in np.linspace(u.shape[1] // 2, u.shape[1] - 1, 8)]
-    states = states_along(net.core, u, at, few.steps(net, slice(None), u.shape[1]))
-    radii = torch.stack([spectral_radius(net.core, s, u[:, t]) for t, s in zip(at, states, strict=True)])
-    norms = gradient_by_lag(net.core, u).tolist()
+    states = states_along(net.core, u, at, steps)
+    radii = torch.cat(
+        [
+            spectral_radius(net.core, s, u[:, t], steps=None if steps is None else steps.at(t))[
+                few.there(net, t)
+            ]
+            for t, s in zip(at, states, strict=True)
+        ]
+    )
+    norms = gradient_by_lag(net.core, u, steps=steps).tolist()
     top = max(norms)
     far = max((k for k, v in enumerate(norms) if v >= 0.01 * top), default=0) if top > 0 else 0
-    names = _gate_names(net, found := gates(net.core, u[:, at[0] :], states[0]))
+    late = None if steps is None else steps.slice(at[0], u.shape[1])
+    names = _gate_names(net, found := gates(net.core, u[:, at[0] :], states[0], late))
     return {
         "spectral_radius": {
             "state_size": state_size(states[0]),
@@ -203,10 +216,11 @@ def _number(value: Tensor) -> float | None:
     return float(value) if math.isfinite(float(value)) else None
 
 
-def _gate_names(net: Forecaster, found: Sequence[Any]) -> list[str]:
+def _gate_names(net: Forecaster, found: Sequence[Gate]) -> list[str]:
     names, layers = GATE_NAMES.get(net.spec.model, ()), net.spec.layers
     if len(found) != len(names) * layers:
-        return [f"sigmoid {k + 1}" for k in range(len(found))]
+        kinds = [gate.kind for gate in found]
+        return [f"{kind} {kinds[:k].count(kind) + 1}" for k, kind in enumerate(kinds)]
     return [f"layer {i + 1} {name}" for i in range(layers) for name in names]
 
 

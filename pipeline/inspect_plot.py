@@ -18,6 +18,8 @@ _RC = {
     "axes.axisbelow": True, "axes.titlesize": 10.0, "axes.titlelocation": "left",
 }  # fmt: skip
 _BLUE, _GREY = "#2b6cb0", "#94a3b8"
+MOST_GATES = 16
+"""More could not be told apart in the picture; ``inspect.json`` has them all."""
 
 
 def draw(found: Mapping[str, Any]) -> str:
@@ -44,6 +46,7 @@ def _gradient(axes: Any, gradient: Mapping[str, Any]) -> None:
     axes.plot(np.arange(len(norms)), np.maximum(norms / top, 1e-12), color=_BLUE)
     axes.axhline(0.01, color=_GREY, linestyle="--", linewidth=0.8)
     axes.set(yscale="log", ylim=(1e-9, 2), xlabel="lag in bars", ylabel="of the largest")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_title("Gradient of the last output by input lag")
 
 
@@ -54,6 +57,8 @@ def _ablation(axes: Any, ablation: Mapping[str, Any]) -> None:
     axes.errorbar(bars, worse, yerr=[2 * e for e in error], color=_BLUE, marker="o", markersize=3, capsize=2)
     axes.axhline(0, color=_GREY, linewidth=0.8)
     axes.set(xscale="log", xlabel="bars of memory", ylabel="% worse")
+    axes.set_xticks(bars, [f"{n}" for n in bars])
+    axes.minorticks_off()
     axes.set_title(f"Pinball loss when the state is cut, against {ablation['longest']} bars")
 
 
@@ -62,6 +67,9 @@ def _gates(axes: Any, gates: Any) -> None:
     if not gates:
         axes.text(0.5, 0.5, "no gates", ha="center", transform=axes.transAxes)
         return
+    if len(gates) > MOST_GATES:
+        axes.set_title(f"Gates, the first {MOST_GATES} of {len(gates)}: mean, 5 % to 95 % quantile")
+        gates = gates[:MOST_GATES]
     y = np.arange(len(gates))
     axes.hlines(y, [g["low"] for g in gates], [g["high"] for g in gates], color=_GREY, linewidth=4)
     axes.plot([g["mean"] for g in gates], y, "o", color=_BLUE)

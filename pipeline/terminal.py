@@ -186,9 +186,12 @@ def say_inspection(found: Mapping[str, Any]) -> None:
     if "core" in weights:
         pairs(f"The core against {weights['core']['formula']}", weights["core"])
     pairs("Spectral radius of the state map, along real bars", found["spectral_radius"])
+    far = f"{gradient['one_percent_lag']} bars"
+    if gradient["one_percent_lag"] == gradient["followed"]:
+        far = f"more than {far}"
     lags = [0, *(1 << k for k in range(10) if 1 << k < len(gradient["norm_by_lag"]))]
     table(
-        f"Gradient of the last output by input lag: 1 % of its largest at {gradient['one_percent_lag']} bars",
+        f"Gradient of the last output by input lag: 1 % of its largest at {far}",
         ["lag", "norm"],
         ([lag, gradient["norm_by_lag"][lag]] for lag in lags),
     )

@@ -119,11 +119,13 @@ def train_price(
     """
     started = time.monotonic()
     choose_device(config.train.device)
-    find_core(config.model.name)  # a model that cannot be built is refused before anything is read
+    now = resolved(config)  # a model that cannot be built is refused before anything is read
     if resume:
         folder, config = _resumed(home, config, resume)
         if folder.status() == COMPLETE:
             return folder.read_json("metrics.json")
+    else:
+        config = now
     store = open_store(home, config)
     since = parse_time(config.train.since) if config.train.since else None
     until = parse_time(config.train.until) if config.train.until else None
@@ -136,26 +138,55 @@ def train_price(
     # Cutoffs are closes, and the last bar's close is the end itself: one bar more keeps it inside the span.
     split = make_split(next_open(end, config.market.interval), end, config.train.val_days, 0)
     split = replace(split, train_until_ms=split.val_since_ms - gap_ms(config))
-    if not resume:
+    if resume:
+        _refuse_other_data(folder, series)
+    else:
         config = replace(config, train=replace(config.train, until=iso(end)))
         folder = RunFolder(home, new_run_id("train", model_label(config.model.name), int(time.time() * 1000)))
         folder.write_text("config.toml", dump_toml(config))
         folder.write_json("manifest.json", _manifest(config, folder, own, series, split, RUNNING, 0.0))
-    with nullcontext() if resume else folder.unless_data_missing():
-        made, _, summary = fit_fold(series, split, config, folder, progress=progress)
-    metrics: dict[str, Any] = {
-        "run_id": folder.run_id,
-        "model": model_label(config.model.name),
-        "series": [s.unique_id for s in own],
-        "horizons": list(config.train.horizons),
-        "parameters": sum(p.numel() for p in made.net.parameters()),
-        **summary,
-    }
-    folder.write_json("metrics.json", metrics)
-    seconds = time.monotonic() - started
-    folder.write_json("manifest.json", _manifest(config, folder, own, series, split, COMPLETE, seconds))
-    (folder.path / "state.safetensors").unlink(missing_ok=True)
+    with folder.at_work():
+        with nullcontext() if resume else folder.unless_data_missing():
+            made, _, summary = fit_fold(series, split, config, folder, progress=progress)
+        metrics: dict[str, Any] = {
+            "run_id": folder.run_id,
+            "model": model_label(config.model.name),
+            "series": [s.unique_id for s in own],
+            "horizons": list(config.train.horizons),
+            "parameters": sum(p.numel() for p in made.net.parameters()),
+            **summary,
+        }
+        folder.write_json("metrics.json", metrics)
+        seconds = time.monotonic() - started
+        folder.write_json("manifest.json", _manifest(config, folder, own, series, split, COMPLETE, seconds))
+        (folder.path / "state.safetensors").unlink(missing_ok=True)
     return metrics
+
+
+def resolved(config: Config) -> Config:
+    """``config`` with as many layers as its model has by itself, where it asks for none. UsageError for a model that
+    cannot be built."""
+    core = find_core(config.model.name)
+    return replace(config, model=replace(config.model, layers=config.model.layers or core.layers))
+
+
+def _refuse_other_data(folder: RunFolder, series: Sequence[RawSeries]) -> None:
+    """A run goes on with the bars that it began with: others would change its scaler and what its epochs compare."""
+    before = {row["series"]: row for row in folder.read_manifest().get("data", [])}
+    for row in snapshot(series):
+        was = before.pop(row["series"], None)
+        if was != row:
+            told = "was not there" if was is None else f"had {was['rows']} bars since {was['first']}"
+            raise UsageError(
+                f"{row['series']} has changed since run {folder.run_id} began: it {told},"
+                f" now it has {row['rows']} since {row['first']}.",
+                "Start a new run without --resume.",
+            )
+    if before:
+        raise UsageError(
+            f"{', '.join(before)} of run {folder.run_id} is no longer there.",
+            "Start a new run without --resume.",
+        )
 
 
 def _manifest(

@@ -6,6 +6,7 @@ Files appear whole or not at all (written beside, flushed to disk, then renamed)
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from recur.vocabulary import DataMissing, UsageError, did_you_mean, from_ms
+from recur.vocabulary import DataMissing, StoreBusy, UsageError, did_you_mean, from_ms
 
 RUNNING, COMPLETE = "running", "complete"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -131,6 +132,22 @@ class RunFolder:
         except DataMissing:
             shutil.rmtree(self.path, ignore_errors=True)
             raise
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Keep the folder to this process; StoreBusy where another one works in it. The kernel ends it with the process."""
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreBusy(
+                    f"Run {self.run_id} is being trained by another process.",
+                    "Wait for it, or end that process.",
+                ) from None
+            yield
+        finally:
+            os.close(handle)
 
     def status(self) -> str:
         """``"complete"``, ``"running"`` (at work, or cut short) or ``"broken"`` (no readable manifest)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -82,10 +82,9 @@ def gradients(
     """Of a random functional of outputs and last state: to inputs, first state and parameters."""
     g = torch.Generator().manual_seed(3)
     u = u.clone().requires_grad_()
-    first = {}
-    for k, v in model.init_state(u.shape[0]).items():
-        noise = torch.randn(v.shape, generator=g, dtype=torch.float64) if v.is_floating_point() else v
-        first[k] = (0.3 * noise.to(v.dtype)).requires_grad_() if v.is_floating_point() else noise
+    with torch.no_grad():
+        _, state = model(inputs(9, seed=4)[: len(u)].to(u.dtype))
+    first = {k: v.clone().requires_grad_(v.is_floating_point()) for k, v in state.items()}
     y, end = run(u, first)
     loss = (y * torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype)).sum()
     loss = loss + torch.stack([v.square().sum() for v in end.values() if v.is_floating_point()]).sum()
@@ -94,6 +93,11 @@ def gradients(
     found = torch.autograd.grad(loss, sources, allow_unused=True)
     labels = ["u", *(k for k, v in first.items() if v.requires_grad), *names]
     return {k: torch.zeros(()) if x is None else x for k, x in zip(labels, found, strict=True)}
+
+
+def largest(gaps: Iterable[float]) -> float:
+    """NaN when one is: ``max`` would keep what it met before a NaN."""
+    return float(torch.tensor(list(gaps), dtype=torch.float64).max())
 
 
 def gradient_gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:

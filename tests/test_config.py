@@ -114,6 +114,8 @@ def test_the_number_of_layers_must_be_that_of_the_pattern() -> None:
     assert ModelConfig(name="hybrid:M-M*-").layers == 0
     with pytest.raises(UsageError, match=r"model\.layers = 4: hybrid:M-M\*- has 5"):
         ModelConfig(name="hybrid:M-M*-", layers=4)
+    with pytest.raises(UsageError, match=r"model\.name has 300 layers: expected at most 128"):
+        ModelConfig(name="hybrid:" + 150 * "M-")
 
 
 def test_a_password_in_an_address_is_refused_and_never_repeated() -> None:

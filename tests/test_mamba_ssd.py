@@ -17,6 +17,7 @@ from torch import Tensor
 from recur.models import ssd as ssd_module
 from recur.models.ssd import CHUNK, chunk_length, fitting, ssd, ssd_step
 from recur.models.ssd_pieces import by_group, by_head, piece_size, rooms, tile_of_rows
+from tests.parity import largest
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "state")
 LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7, 257)
@@ -99,14 +100,14 @@ def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float
 @pytest.mark.parametrize("length", LENGTHS)
 def test_output_state_and_all_gradients_equal_the_token_loop(length: int, strong: bool) -> None:
     given_ = inputs(length, strong=strong)
-    assert max(worst(run(ssd, given_), run(loop, given_)).values()) < 1e-12
+    assert largest(worst(run(ssd, given_), run(loop, given_)).values()) < 1e-12
 
 
 @pytest.mark.parametrize("strong", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_every_number_of_groups_equals_the_token_loop(groups: int, strong: bool) -> None:
     given_ = inputs(71, groups, strong)
-    assert max(worst(run(ssd, given_), run(loop, given_)).values()) < 1e-12
+    assert largest(worst(run(ssd, given_), run(loop, given_)).values()) < 1e-12
 
 
 @pytest.mark.parametrize("strong", [False, True])
@@ -117,7 +118,7 @@ def test_sequences_that_begin_inside_a_row_equal_the_token_loop(groups: int, str
     begins[0, [0, 31, 32, 70]] = 1
     begins[1, [5, 6, 7, 106]] = 1
     segment = begins.cumsum(1)
-    assert max(worst(run(ssd, given_, segment), run(loop, given_, segment)).values()) < 1e-12
+    assert largest(worst(run(ssd, given_, segment), run(loop, given_, segment)).values()) < 1e-12
 
 
 @pytest.mark.parametrize("strong", [False, True])
@@ -147,7 +148,10 @@ def test_a_batch_worked_on_in_pieces_equals_the_token_loop(
     given_ = inputs(71, groups, strong, batch=3)
     segment = (torch.arange(71) >= torch.tensor([[30], [71], [64]])).long()
     for ends in (segment, None):
-        assert max(worst(run(partial(ssd, chunk=16), given_, ends), run(loop, given_, ends)).values()) < 1e-12
+        assert (
+            largest(worst(run(partial(ssd, chunk=16), given_, ends), run(loop, given_, ends)).values())
+            < 1e-12
+        )
 
 
 def test_a_piece_has_about_the_numbers_asked_for_and_on_a_gpu_256_times_as_many() -> None:
@@ -225,7 +229,7 @@ def test_the_two_forms_agree_and_each_is_taken_where_it_holds(monkeypatch: pytes
     monkeypatch.setattr(ssd_module, "SCALED_BELOW", 0.0)
     exact = run(ssd, weak)
     assert taken == [True, False, False]
-    assert max(worst(scaled, exact).values()) < 1e-12
+    assert largest(worst(scaled, exact).values()) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -237,7 +241,7 @@ def test_stronger_decay_takes_shorter_chunks_and_past_those_of_sixteen_the_exact
     a = inputs(128)
     a["dt"], a["A"] = torch.full_like(a["dt"], decay), torch.full_like(a["A"], -1.0)
     assert fitting(a["dt"], a["A"], 64) == (chunk, scaled)
-    assert max(worst(run(ssd, a), run(loop, a)).values()) < 1e-12
+    assert largest(worst(run(ssd, a), run(loop, a)).values()) < 1e-12
 
 
 def test_a_chunk_that_cannot_be_halved_stays_as_it_is() -> None:
@@ -273,13 +277,13 @@ def test_between_compiled_operations_the_dual_gives_the_same_numbers() -> None:
 
     given_ = inputs(71, 2)
     compiled = run(torch.compile(doubled, backend="aot_eager"), given_)
-    assert max(worst(compiled, run(doubled, given_)).values()) < 1e-12
+    assert largest(worst(compiled, run(doubled, given_)).values()) < 1e-12
 
 
 def test_marks_may_lie_in_memory_as_they_like() -> None:
     given_ = inputs(96, batch=3)
     segment = torch.zeros(96, 3, dtype=torch.long).t()
-    assert max(worst(run(ssd, given_, segment), run(ssd, given_)).values()) < 1e-13
+    assert largest(worst(run(ssd, given_, segment), run(ssd, given_)).values()) < 1e-13
 
 
 def test_gradients_are_finite_under_a_decay_that_overflows_an_unmasked_exponential() -> None:

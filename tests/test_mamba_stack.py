@@ -17,6 +17,7 @@ from recur.models.registry import model_label, table_core
 from recur.models.residual import Attention, FeedForward, Hybrid, Mamba, Mamba2, Stack, nemotron_pattern
 from recur.models.steps import scan_steps
 from recur.vocabulary import UsageError
+from tests.parity import largest
 
 MODELS = {"mamba": Mamba, "mamba2": Mamba2, "attention": Attention, "hybrid": Hybrid}
 LAYERS = {"mamba": 2, "mamba2": 2, "attention": 2, "hybrid": 5}
@@ -39,7 +40,7 @@ def inputs(length: int, batch: int = 3, dtype: torch.dtype = torch.float64) -> T
 
 def far(a: State, b: State) -> float:
     assert a.keys() == b.keys() and a
-    return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
+    return largest((a[k].double() - b[k].double()).abs().max().item() for k in a)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -248,7 +249,7 @@ def test_a_name_may_spell_the_layers_of_a_hybrid() -> None:
     assert isinstance(made, Stack)
     assert (made.pattern, core.layers, core.continuous) == ("M-M*-S", 6, False)
     assert check_parity(lambda: core.make(5, 8, 0, 0.0)).passed
-    assert model_label("hybrid:M-M*-S") == "hybrid"
+    assert model_label("hybrid:M-M*-S") == "hybrid:M-M*-S"
 
 
 def test_a_hybrid_has_attention_where_nobody_asks_for_a_number_of_layers() -> None:

@@ -23,14 +23,15 @@ from recur.models.registry import MODELS
 from recur.pipeline.artefact import load_artefact
 from recur.pipeline.backtest import run_backtest
 from recur.pipeline.config import Config, MarketConfig
+from recur.pipeline.fit import save_state
 from recur.pipeline.inspect import inspect_run
 from recur.pipeline.predict import predict
-from recur.pipeline.settings import dump_toml
+from recur.pipeline.settings import dump_toml, load_config
 from recur.pipeline.train import train_price
 from recur.storage.ledger import first_broken
 from recur.storage.runs import RunFolder, list_runs
 from recur.storage.store import Store
-from recur.vocabulary import HOUR_MS, DataMissing, UsageError, from_ms, iso, parse_time
+from recur.vocabulary import HOUR_MS, DataMissing, StoreBusy, UsageError, from_ms, iso, parse_time
 from tests.market import candles, funding_frame
 
 START = parse_time("2025-01-01")
@@ -125,12 +126,89 @@ def test_every_model_is_trained_forecasts_and_is_inspected(tmp_path: Path, name:
     config = replace(
         small(), model=replace(small().model, name=name), train=replace(small().train, epochs=1, batch=32)
     )
-    run = train_price(tmp_path, config, resume=None, progress=False)["run_id"]
+    found = train_price(tmp_path, config, resume=None, progress=False)
+    run = found["run_id"]
+    assert found["series"] == ["bybit:linear:BTCUSDT:1h", "bybit:linear:ETHUSDT:1h"]
     assert load_artefact(RunFolder(tmp_path, run)).net.spec.model == name
     rows = predict(tmp_path, config, run=run, as_of_ms=None)["forecasts"]
-    assert {row["model"] for row in rows} == {name.partition(":")[0]}
+    assert {row["model"] for row in rows} == {name}
     assert len(rows) == len(SYMBOLS) * len(config.train.horizons)
     assert inspect_run(tmp_path, run)["parameters"]["parts"]["core"] > 0
+
+
+def cut_off(home: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Train, and die after the first epoch is saved; returns the run's id."""
+    with monkeypatch.context() as patch:
+
+        def dies(*of: Any) -> None:
+            save_state(*of)
+            raise KeyboardInterrupt
+
+        patch.setattr("recur.pipeline.fit.save_state", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train_price(home, config, resume=None, progress=False)
+    (run,) = list_runs(home)
+    assert run.status() == "running" and (run.path / "state.safetensors").exists()
+    return run.run_id
+
+
+def test_a_run_goes_on_with_the_bars_that_it_began_with_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path)
+    run = cut_off(tmp_path, small(), monkeypatch)
+    later = candles("BTCUSDT", START, 2500, seed=0)
+    Store(tmp_path).put_candles(
+        later, source="test", now_ms=START
+    )  # newer bars: beyond what the run looks at
+    before = (RunFolder(tmp_path, run).path / "features.json").read_bytes()
+    earlier = candles("BTCUSDT", START - 100 * HOUR_MS, 100, seed=9)
+    Store(tmp_path).put_candles(earlier, source="test", now_ms=START)
+    with pytest.raises(
+        UsageError, match=r"BTCUSDT:1h has changed since run .* had 2400 bars .* now it has 2500"
+    ):
+        train_price(tmp_path, small(), resume=run, progress=False)
+    assert (RunFolder(tmp_path, run).path / "features.json").read_bytes() == before
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path)
+    run = cut_off(tmp_path, small(), monkeypatch)
+    with RunFolder(tmp_path, run).at_work(), pytest.raises(StoreBusy, match="by another process"):
+        train_price(tmp_path, small(), resume=run, progress=False)
+    assert train_price(tmp_path, small(), resume=run, progress=False)["epochs"] == 3
+
+
+def test_a_damaged_state_of_a_training_is_told_with_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path)
+    run = cut_off(tmp_path, small(), monkeypatch)
+    state = RunFolder(tmp_path, run).path / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(DataMissing, match=r"state\.safetensors cannot be read"):
+        train_price(tmp_path, small(), resume=run, progress=False)
+    assert RunFolder(tmp_path, run).status() == "running"
+
+
+def test_a_backtest_is_no_run_to_predict_with(home: Path) -> None:
+    config = replace(
+        small(), train=replace(small().train, epochs=1), backtest=replace(small().backtest, folds=1)
+    )
+    run = run_backtest(home, config, run=None, progress=False)["run_id"]
+    with pytest.raises(UsageError, match="no trained price model but a backtest run"):
+        predict(home, small(), run=run, as_of_ms=None)
+
+
+def test_the_configuration_of_a_run_says_how_many_layers_it_has(tmp_path: Path) -> None:
+    fill(tmp_path, bars=900)
+    config = replace(
+        small(),
+        model=replace(small().model, name="hybrid:M-"),
+        train=replace(small().train, epochs=1, batch=32),
+    )
+    run = train_price(tmp_path, config, resume=None, progress=False)["run_id"]
+    assert load_config([RunFolder(tmp_path, run).config], [], {})[0].model.layers == 2
 
 
 def test_resuming_with_other_features_is_refused(home: Path, trained: dict[str, Any]) -> None:
