@@ -165,11 +165,11 @@ def learn(name: str, task_name: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def untrained_gradient(name: str, lag: int = 200) -> float:
-    """‖∂y_T/∂u_{T−lag}‖ over that at lag 0, of one layer on noise, mean over three seeds (geometric)."""
+    """‖∂y_T/∂u_{T−lag}‖ over that at lag 0, of one layer (a hybrid: five) on noise, mean over three seeds (geometric)."""
     logs = []
     for seed in range(3):
         torch.manual_seed(seed)
-        core = table_core(name).make(8, WIDTH, 1, 0.0)
+        core = table_core(name).make(8, WIDTH, LAYERS.get(name, 1), 0.0)
         norm = gradient_by_lag(core, torch.randn(8, lag + 56, 8))
         logs.append(float((norm[lag] / norm[0]).clamp(min=1e-30).log10()))
     return float(10 ** statistics.mean(logs))

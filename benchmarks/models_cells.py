@@ -1,7 +1,8 @@
 """The recurrent cells beside the public ones: training steps, single-precision errors, sparse wiring, streaming.
 
 A training step is forward, backward (to the input too) and AdamW of one layer, (B, L, d) to (B, L, d). All models of a
-table take turns in one process, and the figures are medians, so only ratios within a table mean something. Peers:
+table take turns in one process, and the figures are medians, so only ratios within a table mean something. Both sides run
+with freed memory kept (``models/allocator.py``). Peers:
 torch's GRU and LSTM, minGRU-pytorch, ncps, torchdiffeq; one that is not installed is left out with a line that says so.
 """
 
@@ -16,6 +17,7 @@ import torch
 from common import Results, goal, interleaved, main, show
 from torch import Tensor, nn
 
+from recur.models.allocator import keep_freed_memory
 from recur.models.cfc import CfC
 from recur.models.ctrnn import CTRNN, CTRNNRK4, CTRNNEuler
 from recur.models.elman import Elman
@@ -211,18 +213,18 @@ def streaming(d: int, rounds: int) -> Results:
 
 def growth(d: int, lengths: tuple[int, ...], rounds: int) -> Results:
     """Microseconds per step of a training step of eight sequences, by length: constant where time grows linearly."""
-    names = ("gru", "lstm", "mingru", "ssm", "ctrnn", "cfc", "sparse")
     jobs = {
-        f"{name} {n}": train_step(OURS[name](d, d), torch.randn(8, n, d)) for name in names for n in lengths
+        f"{name} {n}": train_step(OURS[name](d, d), torch.randn(8, n, d)) for name in OURS for n in lengths
     }
     seconds = interleaved(jobs, rounds)
-    found = {name: [1e6 * seconds[f"{name} {n}"] / n for n in lengths] for name in names}
+    found = {name: [1e6 * seconds[f"{name} {n}"] / n for n in lengths] for name in OURS}
     rows = [(k, *(f"{x:.1f}" for x in v)) for k, v in found.items()]
     show("Microseconds per step of eight sequences, by length", ("", *(str(n) for n in lengths)), rows)
     return found
 
 
 def measure(quick: bool) -> Results:
+    keep_freed_memory()
     rounds = 2 if quick else 7
     shapes = [(8, 64, 32)] if quick else [(64, 256, 64), (8, 256, 64)]
     return {

@@ -28,7 +28,8 @@ from recur.models import ssd as ssd_module
 from recur.models.allocator import keep_freed_memory
 from recur.models.mamba import MambaMixer
 from recur.models.mamba2 import Mamba2Mixer
-from recur.models.residual import Attention, Hybrid, Mamba, Mamba2, Stack
+from recur.models.registry import MODELS, table_core
+from recur.models.residual import Attention, Mamba, Mamba2, Stack
 from recur.models.ssd import ssd
 
 WIDTH, STATE, HEAD, BATCH = 64, 64, 64, 64
@@ -373,38 +374,40 @@ def stepping(symbols: int, rounds: int) -> Results:
 
 
 def history(rounds: int) -> Results:
-    """Time of one step after 100 and after 10,000 bars of history."""
-    taken: dict[str, float] = {}
-    jobs: dict[str, Job] = {}
-    for name, model in {
-        "mamba": Mamba(8, WIDTH),
-        "mamba2": Mamba2(8, WIDTH),
-        "hybrid": Hybrid(8, WIDTH, 13),
-    }.items():
-        for bars in (100, 10_000):
-            with torch.no_grad():
-                state = None
-                for part in torch.randn(1, bars, 8).split(500, 1):
-                    _, state = model(part, state)
-            assert state is not None
+    """Time of one step and size of the state of every model after 1,000 and after 10,000 bars of history."""
+    after, jobs, sizes = (1000, 10_000), {}, {}
+    for name in MODELS:
+        core = table_core(name)
+        model = core.make(8, WIDTH, core.layers, 0.0)
+        with torch.no_grad():
+            state, held = None, {}
+            for i, part in enumerate(torch.randn(1, after[1], 8).split(after[0], 1)):
+                _, state = model(part, state)
+                held |= {after[0]: state} if i == 0 else {after[1]: state}
+        for bars, state in held.items():
 
-            def one(model: Stack = model, state: Any = state) -> None:
+            def one(model: Any = model, state: Any = state) -> None:
                 with torch.no_grad():
                     model.step(torch.zeros(1, 8), state)
 
             jobs[f"{name} after {bars}"] = one
+            sizes[f"{name} after {bars}"] = sum(v.nbytes for v in state.values())
     taken = interleaved(jobs, rounds, warm=5)
-    names = ("mamba", "mamba2", "hybrid")
-    ratios = {name: taken[f"{name} after 10000"] / taken[f"{name} after 100"] for name in names}
+    ratios = {n: taken[f"{n} after {after[1]}"] / taken[f"{n} after {after[0]}"] for n in MODELS}
     show(
         "One step of one symbol against history",
-        ("", "us after 100", "us after 10,000", "ratio"),
+        ("", *(f"us after {b:,}" for b in after), "ratio", *(f"state after {b:,}, bytes" for b in after)),
         [
-            (n, *(f"{1e6 * taken[f'{n} after {b}']:.0f}" for b in (100, 10_000)), f"{ratios[n]:.2f}")
-            for n in names
+            (
+                n,
+                *(f"{1e6 * taken[f'{n} after {b}']:.0f}" for b in after),
+                f"{ratios[n]:.2f}",
+                *(f"{sizes[f'{n} after {b}']:,}" for b in after),
+            )
+            for n in MODELS
         ],
     )
-    return {"seconds": taken, "ratio": ratios}
+    return {"seconds": taken, "ratio": ratios, "bytes": sizes}
 
 
 def growth(lengths: tuple[int, ...], rounds: int) -> Results:
