@@ -334,7 +334,9 @@ def table(folder: Path, kinds: Sequence[str]) -> None:
                 100 * (1 - base[h]["baselines"][other]["crps"] / base[h]["baselines"]["ewma"]["crps"])
                 for h in horizons
             ]
-            rows.append((other, "", *(f"{s:+.2f}" for s in skills), *[""] * 5))
+            first = base[horizons[0]]["baselines"]
+            qlike = first[other]["qlike"] - first["ewma"]["qlike"]
+            rows.append((other, "", *(f"{s:+.2f}" for s in skills), f"{qlike:+.3f}", *[""] * 4))
         show(f"CRPS skill against EWMA in %, {kind or 'hourly bars with the pool'}", header, rows)
 
 
