@@ -255,7 +255,9 @@ def test_a_carried_training_cut_short_goes_on_and_ends_as_an_undisturbed_one(
 
 def test_a_gradient_that_is_not_a_number_stops_training_before_the_update(home: Path, tmp_path: Path) -> None:
     path = tmp_path / "spoiled.py"
-    spoilt = "torch.sigmoid(self.a)) + (torch.sqrt(self.a - self.a) if self.d_in > 50 and self.training else 0)"
+    spoilt = (
+        "torch.sigmoid(self.a)) + (torch.sqrt(self.a - self.a) if self.d_in > 50 and self.training else 0)"
+    )
     path.write_text(LEAKY.replace("torch.sigmoid(self.a))", spoilt))
     config = replace(small(), model=replace(small().model, name=f"{path}:Leaky"))
     with pytest.raises(RecurError, match=r"gradient norm became nan at step 0: stopped before the update"):
