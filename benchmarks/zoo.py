@@ -282,7 +282,8 @@ def _mean_ahead(values: Floats, h: int) -> Floats:
 
 
 def table(folder: Path, kinds: Sequence[str]) -> None:
-    """Mean skill against EWMA over seeds (and their range), beside HAR on the same rows."""
+    """Mean skill against EWMA over seeds (and their range), beside HAR on the same rows; how many seeds are better than HAR
+    with p < .05 at each horizon."""
     for kind in kinds:
         found: dict[str, list[Mapping[str, Any]]] = {}
         for path in sorted(folder.glob(f"{kind or 'zoo'}--*.json")):
@@ -296,6 +297,7 @@ def table(folder: Path, kinds: Sequence[str]) -> None:
             "seeds",
             *(f"h={h}" for h in horizons),
             "QLIKE h=1",
+            "better than HAR",
             "parameters",
             "train s",
             "step us",
@@ -322,6 +324,10 @@ def table(folder: Path, kinds: Sequence[str]) -> None:
                     str(len(runs)),
                     *cells,
                     f"{qlike:+.3f}",
+                    " ".join(
+                        str(sum(_better(r["forecast"][h]["baselines"]["har"]) for r in runs))
+                        for h in horizons
+                    ),
                     "" if size is None else f"{size:,}",
                     seconds,
                     one,
@@ -336,8 +342,12 @@ def table(folder: Path, kinds: Sequence[str]) -> None:
             ]
             first = base[horizons[0]]["baselines"]
             qlike = first[other]["qlike"] - first["ewma"]["qlike"]
-            rows.append((other, "", *(f"{s:+.2f}" for s in skills), f"{qlike:+.3f}", *[""] * 4))
+            rows.append((other, "", *(f"{s:+.2f}" for s in skills), f"{qlike:+.3f}", *[""] * 5))
         show(f"CRPS skill against EWMA in %, {kind or 'hourly bars with the pool'}", header, rows)
+
+
+def _better(har: Mapping[str, Any]) -> bool:
+    return bool(har["crps_skill"] > 0 and har["dm_p"] < 0.05)
 
 
 def _mean(values: Sequence[float | None]) -> str:

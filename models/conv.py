@@ -31,7 +31,7 @@ def _begun(segment: Tensor, n: int, dtype: torch.dtype) -> Tensor:
 
 
 def _by_library(x: Tensor, segment: Tensor | None) -> bool:
-    """Whether oneDNN has a depthwise kernel for it, two to three times as fast as shifted multiply-adds."""
+    """Whether oneDNN has a depthwise kernel for it, which is faster than shifted multiply-adds."""
     return (
         segment is None
         and x.dtype == torch.float32

@@ -11,6 +11,7 @@ import hashlib
 import sys
 import traceback
 import types
+from functools import cache
 from pathlib import Path
 from typing import cast
 
@@ -26,8 +27,9 @@ def source_sha256(source: bytes) -> str:
     return hashlib.sha256(source).hexdigest()
 
 
+@cache
 def own_core(source: bytes, name: str, path: str) -> Core:
-    """Run ``source`` and return its class ``name`` once it has shown parity in float64.
+    """Run ``source``, once per process, and return its class ``name`` once it has shown parity in float64.
 
     ``path`` is for messages. UsageError in one line, with the numbers, for a file that fails, a class that is not
     there or does not satisfy the interface, or ways of running that disagree by more than 1e-9.

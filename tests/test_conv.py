@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -33,9 +35,9 @@ def case(length: int, taps: int, batch: int = 3) -> list[Tensor]:
     return [torch.randn(s, generator=make, dtype=torch.float64) for s in shapes]
 
 
-def with_gradients(way: object, given: list[Tensor], segment: Tensor | None) -> list[Tensor]:
+def with_gradients(way: Callable[..., Tensor], given: list[Tensor], segment: Tensor | None) -> list[Tensor]:
     given = [t.clone().requires_grad_() for t in given]
-    y = way(*given, segment)  # type: ignore[operator]
+    y = way(*given, segment)
     weight = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype)
     return [y.detach(), *torch.autograd.grad((y * weight).sum(), given)]
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from recur.models.forecaster import Forecaster, ForecasterSpec, forecast_loss, pinball_loss
 from recur.models.gru import GRU
-from recur.models.interface import SequenceModel
-from recur.models.registry import MODELS, build_sequence_model
+from recur.models.registry import build_sequence_model
 from recur.vocabulary import UsageError
 
 
@@ -60,23 +59,6 @@ def test_any_split_into_chunks_with_carried_state_equals_the_whole(length: int, 
             parts.append(y)
     assert (torch.cat(parts, 1) - whole).abs().max() < 1e-12
     assert (state["h"] - end["h"]).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("name", sorted(MODELS))
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_step_by_step_equals_the_whole_sequence(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    torch.manual_seed(1)
-    model = build_sequence_model(name, 5, 8, 2, 0.0)
-    assert isinstance(model, SequenceModel) and isinstance(model, torch.nn.Module)
-    model.to(dtype).eval()
-    u = torch.randn(3, 300, 5, dtype=dtype)
-    with torch.no_grad():
-        whole, _ = model(u)
-        state, steps = model.init_state(3), []
-        for t in range(300):
-            y, state = model.step(u[:, t], state)
-            steps.append(y)
-    assert (torch.stack(steps, 1) - whole).abs().max() < tolerance
 
 
 def test_the_recurrent_weights_of_each_gate_begin_orthogonal() -> None:

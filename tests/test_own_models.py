@@ -72,6 +72,21 @@ def failing(report: str) -> set[str]:
     return {name for name, value in found.items() if not value <= (1e-4 if name == "single" else 1e-9)}
 
 
+def test_the_file_of_a_model_runs_once_for_a_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "told.py").write_text(LEAKY + '\nprint("this file runs")\n')
+    fill(tmp_path, bars=900)
+    config = small()
+    config = replace(
+        config,
+        model=replace(config.model, name=f"{tmp_path / 'told.py'}:Leaky"),
+        train=replace(config.train, epochs=1),
+    )
+    train_price(tmp_path, config, resume=None, progress=False)
+    assert capsys.readouterr().out.count("this file runs") == 1
+
+
 def test_weights_that_a_model_ties_are_saved(tmp_path: Path) -> None:
     tied = LEAKY.replace("self.a = nn", "self.again = self.w\n        self.a = nn")
     (tmp_path / "tied.py").write_text(tied)

@@ -157,10 +157,6 @@ def test_a_run_goes_on_with_the_bars_that_it_began_with_or_not_at_all(
 ) -> None:
     fill(tmp_path)
     run = cut_off(tmp_path, small(), monkeypatch)
-    later = candles("BTCUSDT", START, 2500, seed=0)
-    Store(tmp_path).put_candles(
-        later, source="test", now_ms=START
-    )  # newer bars: beyond what the run looks at
     before = (RunFolder(tmp_path, run).path / "features.json").read_bytes()
     earlier = candles("BTCUSDT", START - 100 * HOUR_MS, 100, seed=9)
     Store(tmp_path).put_candles(earlier, source="test", now_ms=START)
@@ -174,6 +170,10 @@ def test_a_run_goes_on_with_the_bars_that_it_began_with_or_not_at_all(
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path)
     run = cut_off(tmp_path, small(), monkeypatch)
+    newer = candles("BTCUSDT", START + 2400 * HOUR_MS, 50, seed=9)
+    Store(tmp_path).put_candles(
+        newer, source="test", now_ms=START
+    )  # beyond what the run looks at: no hindrance
     with RunFolder(tmp_path, run).at_work(), pytest.raises(StoreBusy, match="by another process"):
         train_price(tmp_path, small(), resume=run, progress=False)
     assert train_price(tmp_path, small(), resume=run, progress=False)["epochs"] == 3
