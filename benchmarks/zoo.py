@@ -324,7 +324,7 @@ def table(folder: Path, kinds: Sequence[str]) -> None:
                     str(len(runs)),
                     *cells,
                     f"{qlike:+.3f}",
-                    " ".join(
+                    ",".join(
                         str(sum(_better(r["forecast"][h]["baselines"]["har"]) for r in runs))
                         for h in horizons
                     ),

@@ -101,6 +101,6 @@ def test_training_a_model_of_the_zoo_leaves_every_figure_of_the_table(
     (data / "hourly--gru--0.json").write_text(json.dumps(found))
     zoo.table(data, ["hourly"])
     lines = {words[0]: words for words in map(str.split, capsys.readouterr().out.splitlines()) if words}
-    assert lines["gru"][1] == "1" and len(lines["gru"]) == 10
+    assert lines["gru"][1] == "1" and len(lines["gru"]) == 11
     assert f"{found['parameters']:,}" in lines["gru"]
     assert {"har", "random_walk"} <= set(lines)
